@@ -1,0 +1,77 @@
+"""The allocators of the table: each turns a problem, its costs and an exact target into one format an item."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mopeq.alloc import baselines, knapsack as exact
+from mopeq.alloc.kmeans import cluster
+from mopeq.errors import BadInput
+from mopeq.plan import Problem, Target
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an allocator is asked. `cost_JF` are items' costs by format (after the running minimum), `score_J` their
+    raw scores; both are None for those that ask for none. `target` is None for kmeans."""
+
+    problem: Problem
+    cost_JF: np.ndarray | None
+    score_J: np.ndarray | None
+    target: Target | None
+    scope: str
+    seed: int
+
+
+def knapsack(q: Question) -> np.ndarray:
+    assert q.cost_JF is not None and q.target is not None
+    return least_cost(q, q.cost_JF)
+
+
+def least_cost(q: Question, cost_JF: np.ndarray) -> np.ndarray:
+    """The cheapest choice that meets the target exactly."""
+    assert q.target is not None
+    if q.target.code_bits is None:
+        return exact.solve(cost_JF, q.problem.bytes_JF, q.target.expert_bytes).choice_I
+    p = q.problem
+    return exact.solve_code(cost_JF, p.code_JF, p.bytes_JF, q.target.code_bits, q.target.expert_bytes).choice_I
+
+
+def inverted(q: Question) -> np.ndarray:
+    """The knapsack with every item given the costs of its mirror image in the ranking: what matters most gets least."""
+    assert q.cost_JF is not None
+    order = np.argsort(q.cost_JF[:, 0], kind="stable")
+    mirrored_JF = np.empty_like(q.cost_JF)
+    mirrored_JF[order] = q.cost_JF[order[::-1]]
+    return least_cost(q, mirrored_JF)
+
+
+def kmeans(q: Question) -> np.ndarray:
+    """The paper's: cluster scores, one cluster a width, over the model or in each layer."""
+    if q.score_J is None:
+        raise BadInput("kmeans clusters scores, and this sensitivity has none", "try --sensitivity hessian")
+    widths = [f.bits for f in q.problem.formats]
+    if len(set(widths)) < len(widths):
+        raise BadInput("kmeans takes one group size", "give a single --group-size")
+    choice_J = np.empty(len(q.score_J), dtype=np.int64)
+    layers = np.unique(q.problem.layer_of_J) if q.scope == "layer" else [None]
+    for layer in layers:
+        mine = slice(None) if layer is None else q.problem.layer_of_J == layer
+        choice_J[mine] = cluster(q.score_J[mine], widths)
+    return choice_J
+
+
+def uniform(q: Question) -> np.ndarray:
+    """Every item in the one format whose totals are the target."""
+    assert q.target is not None
+    fits_F = q.problem.bytes_JF.sum(0) == q.target.expert_bytes
+    return np.full(len(q.problem.bytes_JF), int(np.flatnonzero(fits_F)[0]), dtype=np.int64)
+
+
+def random(q: Question) -> np.ndarray:
+    assert q.target is not None
+    if q.target.code_bits is None:
+        return baselines.random_mix(q.problem.bytes_JF, q.target.expert_bytes, q.seed)
+    return baselines.random_mix(q.problem.code_JF, q.target.code_bits, q.seed, q.problem.bytes_JF, q.target.expert_bytes)

@@ -1,0 +1,182 @@
+"""From quantized layers to a checkpoint folder: shards, config, the files around them, and the way back.
+
+Tensors are streamed: no more than one source tensor or one layer's part is held at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopeq.checkpoint import read_header, read_json, shard_files
+from mopeq.errors import BadInput
+from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, OutputTensor, PrecisionMap, TensorInfo
+from mopeq.packed import (
+    index_json,
+    json_bytes,
+    quantization_config,
+    shard_names,
+    split_shards,
+    write_atomic,
+    write_safetensors,
+)
+from mopeq.plan import is_packable, kept_dtype, output_tensors
+from mopeq.quant.rtn import quantize as round_to_nearest
+from mopeq.stream import TORCH_DTYPE, read_biases, read_tensor, refuse_sick
+from mopeq.tensors import QWeight
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def tensor_data(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as a file holds them."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+class Supply:
+    """Gives the bytes of each output tensor in turn, from the source or from the quantized layers."""
+
+    def __init__(self, folder: Path, spec: MoESpec, other: Format | None, layer_files: Mapping[int, Path]):
+        self.folder, self.spec, self.other = folder, spec, other
+        self.packed: dict[str, Tensor] = {}  # parts of the source matrix packed last
+        self.stored: dict[str, tuple[Path, TensorInfo]] = {}
+        for path in layer_files.values():
+            self.stored |= {name: (path, info) for name, info in read_header(path)[0].items()}
+
+    def __call__(self, out: OutputTensor) -> memoryview | bytes:
+        if out.name in self.stored:
+            path, info = self.stored[out.name]
+            with open(path, "rb") as file:
+                file.seek(info.offset)
+                return file.read(info.nbytes)
+        if out.name in self.spec.tensors:
+            tensor = refuse_sick(out.name, read_tensor(self.folder, self.spec.tensors[out.name]))
+            return tensor_data(tensor.to(TORCH_DTYPE[out.dtype]))
+        if out.name not in self.packed:
+            stem = out.name.rpartition(".")[0]
+            source = f"{stem}.weight"
+            assert self.other is not None and is_packable(self.spec.tensors[source], self.spec.roles[source])
+            w = refuse_sick(source, read_tensor(self.folder, self.spec.tensors[source]))
+            self.packed = {f"{stem}.{k}": v for k, v in round_to_nearest(w, self.other).pack().items()}
+        return tensor_data(self.packed[out.name])
+
+
+def write_shards(
+    out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, supply: Supply, shard_bytes: int, step: Any
+) -> int:
+    """Write all shards and their index; returns the payload. `step(nbytes)` is told of progress."""
+    shards = split_shards(output_tensors(spec, map_, other), shard_bytes)
+    names = shard_names(len(shards))
+    for stale in (*out.glob("model*.safetensors"), *out.glob("model.safetensors.index.json")):
+        if stale.name not in names:
+            stale.unlink()
+
+    def give(tensor: OutputTensor) -> memoryview | bytes:
+        step(tensor.nbytes)
+        return supply(tensor)
+
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(out / name, shard, give)
+    if len(shards) > 1:
+        write_atomic(out / "model.safetensors.index.json", json_bytes(index_json(shards)))
+    return sum(t.nbytes for shard in shards for t in shard)
+
+
+def write_layer(path: Path, spec: MoESpec, folder: Path, layer: MoELayer, weights: dict[LinearId, dict[str, Tensor]]) -> None:
+    """One quantized layer with its biases, under the final names, as the run directory keeps it."""
+    biases = read_biases(folder, spec, layer)
+    named: dict[str, Tensor] = {}
+    for linear, parts in weights.items():
+        stem = f"{layer.prefix}.{linear.expert}.{linear.projection}_proj"
+        named |= {f"{stem}.{suffix}": tensor for suffix, tensor in parts.items()}
+        if linear.projection in biases:
+            named[f"{stem}.bias"] = biases[linear.projection][linear.expert]
+    dtypes = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+    outputs = [OutputTensor(name, dtypes[t.dtype], tuple(t.shape)) for name, t in named.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, outputs, lambda o: tensor_data(named[o.name]))
+
+
+def write_around(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, payload: int) -> None:
+    """config.json, the precision map, and every small file of the source but code and weights."""
+    for path in sorted(source.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.suffix == ".py" or path.name.endswith(WEIGHTS):
+            continue
+        if path.name.endswith(".index.json") or path.name in ("config.json", "README.md"):
+            continue
+        if path.suffix == ".json" and "auto_map" in (body := read_json(path)):
+            write_atomic(out / path.name, json_bytes({k: v for k, v in body.items() if k != "auto_map"}))
+        else:
+            shutil.copyfile(path, out / path.name)
+    config = {k: v for k, v in spec.config.items() if k != "auto_map"}
+    source_bytes = sum(t.nbytes for t in spec.tensors.values())
+    config["quantization_config"] = quantization_config(map_, other.name if other else None, source_bytes, payload)
+    write_atomic(out / "config.json", json_bytes(config))
+    write_atomic(out / "precision_map.json", json_bytes(map_.to_json()))
+
+
+# ------------------------------------------------------------------------------------------- the way back
+
+
+class PackedReader:
+    """Reads a packed folder's tensors one by one and dequantizes them: the slow, obvious way, for checks and export."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.tensors: dict[str, TensorInfo] = {}
+        for path in shard_files(out):
+            self.tensors |= read_header(path)[0]
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise BadInput(f"{name} is missing from {self.out}", "the checkpoint is damaged; make it again")
+        return read_tensor(self.out, self.tensors[name])
+
+    def qweight(self, stem: str, fmt: Format, shape: tuple[int, int]) -> QWeight:
+        return QWeight.unpack({k: self.read(f"{stem}.{k}") for k in fmt.shapes(*shape)}, fmt, *shape)
+
+
+def dense_tensors(out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None) -> Iterator[tuple[str, Tensor]]:
+    """The source's tensors, by the source's names and layout, with the values that the packed folder holds (float32
+    where they were packed)."""
+    reader = PackedReader(out)
+    for name, info in spec.tensors.items():
+        if spec.roles[name] == "routed expert":
+            continue
+        if other is not None and is_packable(info, spec.roles[name]):
+            shape = (info.shape[0], info.shape[1])
+            yield name, reader.qweight(name.removesuffix(".weight"), other, shape).dequantize()
+        else:
+            assert reader.tensors[name].dtype == kept_dtype(info, spec.roles[name])
+            yield name, reader.read(name)
+    for layer in spec.layers:
+        yield from dense_layer(reader, spec, layer, map_)
+
+
+def dense_layer(reader: PackedReader, spec: MoESpec, layer: MoELayer, map_: PrecisionMap) -> Iterator[tuple[str, Tensor]]:
+    """One layer's experts and biases, put back into the source's layout."""
+    whole: dict[str, Tensor] = {}
+    for is_bias, places in ((False, layer.places), (True, layer.bias_places)):
+        for p, place in places.items():
+            for e in range(layer.experts):
+                stem = f"{layer.prefix}.{e}.{p}_proj"
+                if is_bias:
+                    value = reader.read(f"{stem}.bias")
+                else:
+                    value = reader.qweight(stem, map_[LinearId(layer.layer, e, p)], layer.shapes[p]).dequantize()
+                if place.per_expert:
+                    yield place.tensor.format(e=e), value.T.contiguous() if place.transposed else value
+                    continue
+                info = spec.tensors[place.tensor]
+                target = whole.setdefault(place.tensor, torch.empty(info.shape, dtype=value.dtype))[e]
+                target = target.T if place.transposed else target
+                half = target.shape[0] // 2
+                part = {"all": slice(None), "first": slice(half), "second": slice(half, None)}
+                part |= {"even": slice(0, None, 2), "odd": slice(1, None, 2)}
+                target[part[place.rows]] = value
+    yield from whole.items()

@@ -1,0 +1,159 @@
+"""Checkpoint folders, read by their headers alone: config.json, the shard index, safetensors headers.
+
+Nothing here trusts a file: every way a header can lie gets its own line. No weight is read, torch is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mopeq.errors import BadInput
+from mopeq.nouns import DTYPE_BITS, TensorInfo, digest_of, tensor_bytes
+
+MAX_HEADER = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's config and where each of its tensors lies."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    digest: str
+    header_bytes: int
+
+
+def find_folder(model: str | os.PathLike[str]) -> tuple[Path, str]:
+    """(folder, revision) of a local folder or a hub id; a hub id is fetched by huggingface_hub, safetensors only."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path, ""
+    name = str(model)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
+        raise BadInput(f"{model} {what}", "MODEL is a folder with config.json and *.safetensors, or a hub id like org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        got = snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py", "*.gguf", "*.onnx", "*.h5"])
+    except Exception as problem:  # the hub's errors share no base class; every one of them means "not to be had"
+        line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise BadInput(f"{name} is no folder here and the hub did not give it: {line}", "check the path or the id") from None
+    return Path(got), Path(got).name
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; BadInput if it cannot be read or parsed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise BadInput(f"{path} cannot be read: {problem.strerror}", "is this a checkpoint folder?") from None
+    except (ValueError, RecursionError) as problem:
+        raise BadInput(f"{path} is no JSON: {problem}", "the file is damaged; fetch it again") from None
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
+    """Tensors of one safetensors file and the header's bytes; every lie a header can tell is refused by name."""
+
+    def refuse(why: str) -> BadInput:
+        return BadInput(f"{path.name}: {why}", "the file is damaged or cut short; fetch it again")
+
+    size = path.stat().st_size
+    if size < 8:
+        raise refuse(f"{size} bytes are too few for a safetensors file")
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > MAX_HEADER or length > size - 8:
+            raise refuse(f"its header claims {length} bytes, the file has {size}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as problem:
+        raise refuse(f"its header is no JSON ({problem})") from None
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            numbers = (*shape, start, end)
+            if any(type(x) is not int or x < 0 for x in numbers):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise refuse(f"the header's entry for {name!r} is malformed") from None
+        if dtype not in DTYPE_BITS:
+            raise refuse(f"{name} has the unknown dtype {dtype!r}")
+        if end - start != tensor_bytes(dtype, shape):
+            raise refuse(f"{name} claims {end - start} bytes where its shape takes {tensor_bytes(dtype, shape)}")
+        if 8 + length + end > size:
+            raise refuse(f"{name} ends at byte {8 + length + end}, the file at {size}")
+        spans.append((start, end, name))
+        tensors[name] = TensorInfo(name, dtype, shape, path.name, 8 + length + start, end - start)
+    spans.sort()
+    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise refuse(f"{name} and {other} overlap")
+    return tensors, 8 + length
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, else those that lie there."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map") if isinstance(read_json(index), dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise BadInput(f"{index.name} has no weight_map", "the index is damaged; fetch it again")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise BadInput(f"{index.name} points outside the folder: {name!r}", "the index is damaged")
+            if not (folder / name).is_file():
+                raise BadInput(f"the shard {name} is missing from {folder}", "fetch the checkpoint again")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not files:
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+            raise BadInput(
+                f"{folder} holds pickled weights, which mopeq never opens",
+                "convert once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)",
+            )
+        raise BadInput(f"{folder} holds no .safetensors file", "MODEL is a folder with config.json and *.safetensors")
+    numbered = [f.stem.rsplit("-of-", 1) for f in files if "-of-" in f.stem]
+    if numbered and len(numbered) != int(numbered[0][1] if numbered[0][1].isdigit() else len(numbered)):
+        raise BadInput(f"{folder} holds {len(numbered)} of {int(numbered[0][1])} shards", "fetch the checkpoint again")
+    return files
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read every header of a checkpoint folder. BadInput names the first thing that is wrong."""
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{folder} has no config.json", "MODEL is a folder with config.json and *.safetensors")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise BadInput(f"{folder}/config.json is no JSON object", "the file is damaged; fetch it again")
+    tensors: dict[str, TensorInfo] = {}
+    header_bytes, stamps = 0, []
+    for path in shard_files(folder):
+        found, length = read_header(path)
+        double = next((name for name in found if name in tensors), None)
+        if double is not None:
+            raise BadInput(f"{double} lies in both {tensors[double].file} and {path.name}", "remove the stale shard")
+        tensors |= found
+        header_bytes += length
+        stamps.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        for name, file in read_json(index)["weight_map"].items():
+            if name not in tensors or tensors[name].file != file:
+                raise BadInput(f"{index.name} promises {name} in {file}, which has it not", "fetch the checkpoint again")
+    rows = [[t.name, t.dtype, list(t.shape), t.file, t.offset] for t in tensors.values()]
+    return Checkpoint(folder, config, tensors, digest_of([config, stamps, sorted(rows)]), header_bytes)

@@ -1,0 +1,127 @@
+"""What the user asked for, checked before anything is done: the options that `plan` and `quantize` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mopeq.alloc import ALLOCATORS, NO_BUDGET
+from mopeq.errors import BadInput
+from mopeq.nouns import Budget, Format, MoESpec, parse_size
+from mopeq.plan import PER, other_format
+from mopeq.quant import QUANTIZERS
+from mopeq.sense import SENSORS
+from mopeq.tables import row
+
+DEFAULT_AVG_BITS = 3.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """One field per flag of `mopeq quantize`; see DESIGN §3 for what each means."""
+
+    bits: str | tuple[int, ...] = (2, 3, 4)
+    avg_bits: float | None = None
+    fit: str | int | None = None
+    sensitivity: str = "hessian"
+    scope: str = "model"
+    allocate: str = "knapsack"
+    per: str = "expert"
+    method: str = "rtn"
+    group_size: str | int | tuple[int, ...] = 64
+    other_bits: int = 16
+    map: str | Path | None = None
+    calib: tuple[str | Path, ...] = ()
+    calib_tokens: int = 65536
+    seed: int = 0
+    max_memory: str | int | None = None
+    device: str = "auto"
+    run: str | Path | None = None
+    shard_size: str | int = "5GB"
+
+    def __post_init__(self) -> None:
+        row(SENSORS, self.sensitivity, "sensitivity")
+        row(ALLOCATORS, self.allocate, "allocator")
+        row(QUANTIZERS, self.method, "quantization method")
+        if self.per not in PER:
+            raise BadInput(f"--per {self.per} is not offered", f"choose from: {', '.join(PER)}")
+        if self.scope not in ("model", "layer"):
+            raise BadInput(f"--scope {self.scope} is not offered", "choose model or layer")
+        if self.scope == "layer" and self.allocate != "kmeans" and self.sensitivity != "hybrid":
+            raise BadInput("--scope layer is for kmeans and hybrid", "leave it out, or add --allocate kmeans")
+        if self.avg_bits is not None and self.fit is not None:
+            raise BadInput("--avg-bits and --fit are two ways to write one budget", "give one of them")
+        if self.allocate in NO_BUDGET and (self.avg_bits is not None or self.fit is not None):
+            raise BadInput(
+                f"--allocate {self.allocate} has no budget: its clusters decide the size",
+                "leave out --avg-bits and --fit, or use --allocate knapsack",
+            )
+        if self.map is not None and (self.avg_bits is not None or self.fit is not None):
+            raise BadInput("--map gives every width itself; a budget beside it has no meaning", "leave one of them out")
+        if self.calib_tokens < 1:
+            raise BadInput(f"--calib-tokens {self.calib_tokens} is not positive", "try --calib-tokens 65536")
+        if parse_size(self.shard_size) < 1:
+            raise BadInput("--shard-size must be positive", "try --shard-size 5GB")
+        _ = self.formats, self.other, self.memory_bytes
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return numbers(self.bits, "--bits", "2,3,4")
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        return numbers(self.group_size, "--group-size", "64")
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats an allocator may choose among: fewest bits first."""
+        return tuple(Format(bits, group) for bits in self.widths for group in self.groups)
+
+    @property
+    def other(self) -> Format | None:
+        return other_format(self.other_bits, self.groups[0])
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_size(self.max_memory)
+
+    def budget(self, spec: MoESpec) -> Budget | None:
+        """The budget in force, or None for what has none. `--fit 25%` is a fraction of the source in bf16."""
+        if self.allocate in NO_BUDGET or self.map is not None:
+            return None
+        if self.fit is None:
+            return Budget(avg_bits=DEFAULT_AVG_BITS if self.avg_bits is None else self.avg_bits)
+        text = str(self.fit).strip()
+        if text.endswith("%"):
+            params = sum(t.count for t in spec.tensors.values())
+            try:
+                return Budget(fit_bytes=int(2 * params * float(text[:-1]) / 100))
+            except ValueError:
+                raise BadInput(f"--fit {text} is no fraction", "write it like 25%") from None
+        return Budget(fit_bytes=parse_size(self.fit))
+
+    @property
+    def needs_data(self) -> list[str]:
+        """The flags that show calibration data to the model."""
+        senses = self.map is None and self.allocate not in ("uniform", "random")
+        return [
+            flag
+            for flag, needs in (
+                (f"--sensitivity {self.sensitivity}", senses and SENSORS[self.sensitivity].needs_data),
+                (f"--method {self.method}", QUANTIZERS[self.method].needs_data),
+            )
+            if needs
+        ]
+
+
+def numbers(value: Any, flag: str, example: str) -> tuple[int, ...]:
+    """ "2,3,4", 3 or (2, 3) -> ascending distinct integers."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, tuple | list) else [value]
+    try:
+        found = tuple(sorted({int(part) for part in parts}))
+    except (TypeError, ValueError):
+        raise BadInput(f"{flag} {value} is no list of whole numbers", f"write it like {flag} {example}") from None
+    if not found:
+        raise BadInput(f"{flag} is empty", f"write it like {flag} {example}")
+    return found

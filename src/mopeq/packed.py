@@ -1,0 +1,218 @@
+"""The packed checkpoint as files: written so that it is whole or not there, read so that damage is named.
+
+No torch: tensors are bytes here. The manifest (name, size, sha256 of each file) is written last; a folder whose
+manifest does not match never loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mopeq.checkpoint import read_json
+from mopeq.errors import BadInput, MopeqError
+from mopeq.nouns import OutputTensor, PrecisionMap
+
+FORMAT_VERSION = 1
+MANIFEST = "mopeq_manifest.json"
+MAP = "precision_map.json"
+RUN = "mopeq_run.json"
+NOT_SEALED = {MANIFEST}  # the manifest cannot list itself
+
+
+# ----------------------------------------------------------------------------------------------- writing
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The file appears whole, by one rename, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False) + "\n").encode()
+
+
+def write_safetensors(path: Path, outputs: list[OutputTensor], give: Callable[[OutputTensor], bytes | memoryview]) -> int:
+    """Stream tensors into one safetensors file, asking `give` for each in turn; returns the header's bytes.
+
+    The header is known beforehand, so no more than one tensor is held.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for out in outputs:
+        header[out.name] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": [at, at + out.nbytes]}
+        at += out.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    beside = path.with_name(f".{path.name}.part")
+    with open(beside, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for out in outputs:
+            data = give(out)
+            if len(data) != out.nbytes:
+                raise MopeqError(f"{out.name} came to {len(data)} bytes where {out.nbytes} were planned", "please report it")
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    return 8 + len(raw)
+
+
+def split_shards(outputs: Iterable[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
+    """Consecutive runs of tensors of at most `shard_bytes` each (a larger tensor has a shard of its own)."""
+    shards: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for out in outputs:
+        if shards[-1] and filled + out.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(out)
+        filled += out.nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def index_json(shards: list[list[OutputTensor]]) -> dict[str, Any]:
+    names = shard_names(len(shards))
+    weight_map = {out.name: name for shard, name in zip(shards, names, strict=True) for out in shard}
+    total = sum(out.nbytes for shard in shards for out in shard)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sealed_files(folder: Path) -> Iterator[Path]:
+    """What a manifest covers: every visible file of the folder but itself."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts) and str(relative) not in NOT_SEALED:
+            yield path
+
+
+def write_manifest(folder: Path) -> None:
+    """Seal the folder: from now on it loads."""
+    files = [
+        {"name": str(path.relative_to(folder)), "size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sealed_files(folder)
+    ]
+    write_atomic(folder / MANIFEST, json_bytes({"format_version": FORMAT_VERSION, "files": files}))
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The manifest's rows; BadInput if the folder is not a finished mopeq checkpoint."""
+    if not (folder / MANIFEST).exists():
+        raise BadInput(
+            f"{folder} has no {MANIFEST}: it is no finished mopeq checkpoint",
+            "if its making was interrupted, give the same `mopeq quantize` command again",
+        )
+    body = read_json(folder / MANIFEST)
+    version = body.get("format_version") if isinstance(body, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise BadInput(f"{folder} has format version {version}; this mopeq reads {FORMAT_VERSION}", "upgrade mopeq")
+    files = body.get("files") if isinstance(body, dict) else None
+    if not isinstance(files, list) or not all(
+        isinstance(f, dict) and isinstance(f.get("name"), str) and type(f.get("size")) is int for f in files
+    ):
+        raise BadInput(f"{folder / MANIFEST} is damaged", "make the checkpoint again")
+    for row in files:
+        if Path(row["name"]).is_absolute() or ".." in Path(row["name"]).parts:
+            raise BadInput(f"{MANIFEST} points outside the folder: {row['name']!r}", "make the checkpoint again")
+    return files
+
+
+_unsealed: list[bool] = []
+
+
+@contextmanager
+def unsealed_allowed() -> Iterator[None]:
+    """Within the block a folder without manifest loads: for `quantize` alone, which reads back before it seals."""
+    _unsealed.append(True)
+    try:
+        yield
+    finally:
+        _unsealed.pop()
+
+
+def check_sizes(folder: Path) -> None:
+    """BadInput unless every file of the manifest is there at its size: what loading checks."""
+    if _unsealed:
+        return
+    for row in read_manifest(folder):
+        path = folder / row["name"]
+        if not path.is_file():
+            raise BadInput(f"{row['name']} is missing from {folder}", "copy or make the checkpoint again")
+        if path.stat().st_size != row["size"]:
+            raise BadInput(
+                f"{row['name']} has {path.stat().st_size} bytes, the manifest says {row['size']}",
+                "the copy is incomplete; copy or make the checkpoint again",
+            )
+
+
+def quantization_config(map_: PrecisionMap, other: str | None, source_bytes: int, payload: int) -> dict[str, Any]:
+    """What config.json carries, since the widths are needed before any tensor is read."""
+    return {
+        "quant_method": "mopeq",
+        "format_version": FORMAT_VERSION,
+        "formats": [fmt.name for fmt in map_.palette],
+        "experts": map_.digits(),
+        "other": other,  # the format of all other packed matrices, or null
+        "bytes_source": source_bytes,
+        "bytes_weights": payload,
+    }
+
+
+def read_map(folder: Path) -> PrecisionMap:
+    """The precision map of a packed checkpoint; BadInput where config.json and precision_map.json disagree."""
+    config = read_json(folder / "config.json")
+    qc = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(qc, dict) or qc.get("quant_method") != "mopeq":
+        raise BadInput(f"{folder} is no mopeq checkpoint", "make one with `mopeq quantize MODEL -o OUT`")
+    check_version(qc)
+    map_ = PrecisionMap.from_json(read_json(folder / MAP), MAP)
+    if [f.name for f in map_.palette] != qc.get("formats") or map_.digits() != qc.get("experts"):
+        raise BadInput(f"{MAP} and config.json disagree about the widths", "the folder was edited; make it again")
+    return map_
+
+
+def check_version(qc: Mapping[str, Any]) -> None:
+    version = qc.get("format_version")
+    if type(version) is not int or version < 1:
+        raise BadInput(f"quantization_config has the format version {version!r}", "the folder is damaged")
+    if version > FORMAT_VERSION:
+        raise BadInput(f"the checkpoint has format version {version}; this mopeq reads {FORMAT_VERSION}", "upgrade mopeq")
+
+
+def check_experts(folder: Path, map_: PrecisionMap, names: Iterable[str]) -> None:
+    """BadInput unless `names` (the shards' tensors) hold what the map says of every expert."""
+    have = set(names)
+    for linear, fmt in map_.formats.items():
+        stem = f"{map_.prefixes[linear.layer]}.{linear.expert}.{linear.projection}_proj"
+        for suffix in fmt.shapes(1, 1):
+            if f"{stem}.{suffix}" not in have:
+                raise BadInput(f"{stem}.{suffix} is missing from {folder}", "the checkpoint is damaged; make it again")

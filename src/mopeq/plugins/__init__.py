@@ -1,0 +1,1 @@
+"""Serving: what engines load. Nothing here imports the making wing."""

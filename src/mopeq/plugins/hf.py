@@ -1,0 +1,172 @@
+"""transformers: a registered quantizer, so that plain `from_pretrained(OUT)` runs from packed weights.
+
+Before weights are read, experts modules (and, with `--other-bits` 4 or 8, linears and embeddings) are replaced by
+packed ones that hold parameters under the on-disk names; transformers' own loader fills them; then they are sealed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mopeq.checkpoint import read_header
+from mopeq.errors import BadInput, MopeqError
+from mopeq.nouns import BASE36, Format
+from mopeq.packed import check_experts, check_sizes, check_version, read_map
+from mopeq.plugins.experts import PackedEmbedding, PackedLinear, PackedMatrix, QuantizedExperts, TiedLinear
+from mopeq.seam import experts_modules, match_names, weights
+
+
+def expert_formats(experts: Mapping[str, Mapping[str, str]], palette: list[Format]) -> dict[str, dict[str, list[Format]]]:
+    """config.json's digits -> {prefix: {projection: [Format of each expert]}}."""
+    return {
+        prefix: {p: [palette[BASE36.index(digit)] for digit in row] for p, row in rows.items()}
+        for prefix, rows in experts.items()
+    }
+
+
+@register_quantization_config("mopeq")
+class MopeqConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint; see packed.quantization_config for its fields."""
+
+    def __init__(self, **fields: Any):
+        check_version(fields)
+        fields.pop("quant_method", None)
+        self.quant_method = "mopeq"
+        self.fields = fields
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": "mopeq", **self.fields}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        made = cls(**config_dict)
+        return (made, kwargs) if return_unused_kwargs else made
+
+    @property
+    def formats(self) -> dict[str, dict[str, list[Format]]]:
+        return expert_formats(self.fields["experts"], [Format.parse(name) for name in self.fields["formats"]])
+
+    @property
+    def other(self) -> Format | None:
+        name = self.fields.get("other")
+        return None if name is None else Format.parse(name)
+
+
+@register_quantizer("mopeq")
+class MopeqQuantizer(HfQuantizer):
+    """Loads a mopeq checkpoint into packed modules. Making one is `mopeq quantize`'s work, not this class's."""
+
+    requires_calibration = True
+    quantization_config: MopeqConfig
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
+        folder, names = read_folder(checkpoint_files)
+        formats = self.quantization_config.formats
+        found = experts_modules(model)
+        prefixes = match_names(list(formats), [name for name, _ in found])
+        for name, module in found:
+            rows = formats[prefixes[name]]
+            if any(len(rows[p]) != len(rows["down"]) for p in rows):
+                raise BadInput(f"config.json gives {prefixes[name]} unequal numbers of experts", "the folder is damaged")
+            with torch.device("meta"):
+                replace(model, name, QuantizedExperts(module, rows, projection_shapes(module)))
+        if self.quantization_config.other is not None:
+            self.pack_others(model, names, self.quantization_config.other)
+        return model
+
+    def pack_others(self, model: Any, names: set[str], fmt: Format) -> None:
+        """Replace each linear and embedding whose matrix lies packed on disk."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = get_model_conversion_mapping(model, None, None)
+        renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+        converters = [x for x in mapping if isinstance(x, WeightConverter)]
+        state = model.state_dict()
+        experts = tuple(f"{prefix}." for prefix in self.quantization_config.formats)
+        for stored in sorted(n for n in names if n.endswith(".qweight") and not n.startswith(experts)):
+            key = stored.removesuffix(".qweight") + ".weight"
+            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            name = target.removesuffix(".weight")
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                continue  # a tensor this model does not build, such as an unused pooling head
+            if isinstance(module, nn.Linear):
+                replace(model, name, PackedLinear(fmt, module))
+            elif isinstance(module, nn.Embedding):
+                replace(model, name, PackedEmbedding(fmt, module))
+            else:
+                raise MopeqError(
+                    f"{stored}: a packed {type(module).__name__} is not supported", "make it with --other-bits 16"
+                )
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear) and tied:
+            name = next(n for n, m in model.named_modules() if m is head)
+            replace(model, name, TiedLinear(embedding))
+            for keys in (tied, getattr(model, "_tied_weights_keys", None)):
+                if isinstance(keys, dict):
+                    keys.pop(f"{name}.weight", None)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Leave out what would fuse experts: packed ones are stored and held under the same names."""
+        ends = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
+        kept = []
+        for conversion in weight_conversions:
+            targets = [t.removesuffix("$").removesuffix("_bias") for t in conversion.target_patterns]
+            fuses = [t for t in targets if t.endswith(ends) and not t.endswith(tuple(f"shared_{e}" for e in ends))]
+            if not fuses:
+                kept.append(conversion)
+        return kept
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, QuantizedExperts | PackedMatrix):
+                module.seal()
+        return model
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def read_folder(checkpoint_files: Any) -> tuple[Path, set[str]]:
+    """The folder the shards lie in and their tensors' names; BadInput unless it is whole by its manifest."""
+    if not checkpoint_files:
+        raise BadInput("a mopeq checkpoint loads from its folder only", "give from_pretrained the folder's path")
+    folder = Path(checkpoint_files[0]).parent
+    check_sizes(folder)
+    names: set[str] = set()
+    for file in checkpoint_files:
+        names |= read_header(Path(file))[0].keys()
+    check_experts(folder, read_map(folder), names)
+    return folder, names
+
+
+def projection_shapes(module: Any) -> dict[str, tuple[int, int]]:
+    """{projection: (out, in)} of an experts module, asked of the module itself."""
+    return {p: (w.shape[1], w.shape[2]) for p, w in weights(module).items()}
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one called `name`."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

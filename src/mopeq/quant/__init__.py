@@ -1,0 +1,12 @@
+"""Quantizers: a batch of matrices [E, out, in] in one format -> QWeight. Each is a file, a function, a row."""
+
+from mopeq.tables import Row
+
+QUANTIZERS: dict[str, Row] = {
+    "rtn": Row("mopeq.quant.rtn:quantize", "round to nearest; needs no data"),
+    "signround": Row(
+        "mopeq.quant.signround:quantize",
+        "rounding offsets and clipping learned by signed gradient descent on each expert's routed inputs",
+        needs_data=True,
+    ),
+}

@@ -1,0 +1,60 @@
+"""Round to nearest: one scale and zero point per group from the group's own range. Needs no data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mopeq.errors import BadInput
+from mopeq.nouns import Format
+from mopeq.tensors import QWeight, per_input
+
+SMALLEST = 2.0**-24  # fp16's smallest positive number: the scale of a group that is all zeros
+LARGEST = 65504.0  # fp16's largest
+
+
+def grouped(w: Tensor, group_size: int) -> Tensor:
+    """[..., in] -> [..., groups, group_size]; a short last group is filled with zeros, which every range includes."""
+    return pad(w, (0, -w.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+
+
+def scale_and_zero(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """fp16-rounded scale and integer zero point (both float32 here) of groups whose values span low <= 0 <= high.
+
+    The scale is rounded to fp16 before any code is chosen, so that what is stored is what was measured.
+    """
+    if fmt.scheme == "s":
+        # the negative side has one code more; the larger side decides
+        steps = max(2 ** (fmt.bits - 1) - 1, 1)
+        scale = torch.maximum(-low / 2 ** (fmt.bits - 1), high / steps)
+    else:
+        scale = (high - low) / fmt.max_code
+    if bool((scale > LARGEST).any()):
+        raise BadInput(
+            f"a weight range of {float(scale.max()) * fmt.max_code:.3g} needs a scale beyond fp16",
+            "the checkpoint holds outliers no fp16 scale can express; it is probably damaged",
+        )
+    scale = scale.clamp_min(SMALLEST).half().clamp_min(SMALLEST).float()
+    if fmt.scheme == "s":
+        return scale, torch.full_like(scale, 2.0 ** (fmt.bits - 1))
+    return scale, (-low / scale).round().clamp(0, fmt.max_code)
+
+
+def encode(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> QWeight:
+    """The nearest codes for given scales and zero points [..., out, groups]."""
+    n = w.shape[-1]
+    steps = w / per_input(scale, fmt.group_size, n)
+    codes = (steps.round() + per_input(zero, fmt.group_size, n)).clamp(0, fmt.max_code).to(torch.uint8)
+    return QWeight(codes, scale.half(), None if fmt.scheme == "s" else zero.to(torch.uint8), fmt)
+
+
+def quantize(w: Tensor, fmt: Format, **_: Any) -> QWeight:
+    """Round [..., out, in] to the nearest codes. BadInput where a scale leaves fp16's range."""
+    w = w.float()
+    groups = grouped(w, fmt.group_size)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale, zero = scale_and_zero(low, high, fmt)
+    return encode(w, scale, zero, fmt)

@@ -1,0 +1,14 @@
+"""Sensors: what storing each routed matrix in each format is expected to cost. Each is a file, a function, a row."""
+
+from mopeq.tables import Row
+
+SENSORS: dict[str, Row] = {
+    "hessian": Row("mopeq.sense.hessian:sense", "the paper as its code runs it: (n-1)/|W| per matrix; needs no data"),
+    "hutchinson": Row(
+        "mopeq.sense.hutchinson:sense",
+        "the paper as its text reads: Hessian trace of the true loss, by random probes, with its standard error",
+        needs_data=True,
+    ),
+    "frequency": Row("mopeq.sense.frequency:sense", "tokens routed to each expert: the paper's baseline", needs_data=True),
+    "hybrid": Row("mopeq.sense.hybrid:sense", "frequency times hessian, each scaled to 0…1", needs_data=True),
+}

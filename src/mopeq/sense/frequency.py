@@ -1,0 +1,87 @@
+"""Activation frequency: how many calibration tokens the router sends to each expert (MoPEQ's baseline).
+
+Tokens are also counted gate-weighted and by modality; padding is not counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopeq.data.encode import model_inputs
+from mopeq.nouns import Sensitivity
+from mopeq.progress import progress
+from mopeq.seam import model_layers, plain_forward, watch
+from mopeq.sense.scene import Scene, from_scores, spread, unseen
+
+
+class Counts:
+    """Per MoE layer and expert: tokens routed, by modality, and the sum of their gate weights."""
+
+    def __init__(self, scene: Scene, model: Any):
+        layers = scene.spec.layers
+        shape = (len(layers), max(layer.experts for layer in layers))
+        self.tokens = {name: torch.zeros(shape, dtype=torch.int64) for name in ("text", "image")}
+        self.gate_weight = torch.zeros(shape, dtype=torch.float64)
+        number = {layer.layer: i for i, layer in enumerate(layers)}
+        self.row = {id(module): number[layer.layer] for layer, module in model_layers(scene.spec, model)}
+        self.experts = shape[1]
+        self.masks: dict[str, Tensor] = {}
+
+    def show(self, batch: dict[str, Tensor]) -> None:
+        """Which positions of the batch about to run count as what."""
+        valid = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten()
+        image = batch.get("image_mask", torch.zeros_like(valid)).bool().flatten()
+        self.masks = {"text": valid & ~image, "image": valid & image}
+
+    def __call__(self, module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        row = self.row[id(module)]
+        inside_TK = (index_TK >= 0) & (index_TK < self.experts)
+        for name, mask_T in self.masks.items():
+            chosen = index_TK[mask_T.to(index_TK.device)[:, None] & inside_TK]
+            self.tokens[name][row] += torch.bincount(chosen, minlength=self.experts).cpu()
+        counted = (self.masks["text"] | self.masks["image"]).to(index_TK.device)[:, None] & inside_TK
+        weights = torch.bincount(index_TK[counted], weight_TK[counted].double(), minlength=self.experts)
+        self.gate_weight[row] += weights.cpu()
+        return plain_forward(module, x_TH, index_TK, weight_TK)
+
+    @property
+    def total(self) -> np.ndarray:
+        return (self.tokens["text"] + self.tokens["image"]).numpy()
+
+
+def count(scene: Scene) -> Counts:
+    """Show the model all calibration batches and count where the router sends their tokens."""
+    assert scene.model is not None
+    model = scene.model(None)
+    counts = Counts(scene, model)
+    device = next(model.parameters()).device
+    total = sum(batch["input_ids"].numel() for batch in scene.batches)
+    with torch.no_grad(), watch(model, counts), progress("sense: frequency", total, "tokens") as p:
+        for batch in scene.batches:
+            counts.show(batch)
+            model(**{k: v.to(device) for k, v in model_inputs(batch).items()}, use_cache=False)
+            p.step(batch["input_ids"].numel())
+    return counts
+
+
+def sense(scene: Scene) -> Sensitivity:
+    counts = count(scene)
+    return from_scores(scene, "frequency", expert_scores(scene, counts), **token_facts(scene, counts))
+
+
+def expert_scores(scene: Scene, counts: Counts) -> np.ndarray:
+    return spread(scene, [counts.total[i, : layer.experts] for i, layer in enumerate(scene.spec.layers)])
+
+
+def token_facts(scene: Scene, counts: Counts) -> dict[str, Any]:
+    """What every sensor that showed data tells of it."""
+    modalities = {name: t.numpy() for name, t in counts.tokens.items() if int(t.sum())}
+    return {
+        "tokens_LE": counts.total,
+        "tokens_by_modality": modalities | {"gate_weight": counts.gate_weight.numpy()},
+        "notes": unseen(scene, counts.total),
+    }

@@ -1,0 +1,37 @@
+"""The paper's Hessian trace as its code runs it: Hutchinson's estimate for the Hessian of |W|_F itself.
+
+For f(W) = |W|_F with n entries the Hessian is (I - w w^T / |w|^2) / |w|, whose trace is (n - 1) / |w|: the estimate's
+expectation in closed form, with no probes and no data (MoPEQ, arXiv 2509.02512).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mopeq.nouns import Sensitivity
+from mopeq.progress import progress
+from mopeq.sense.scene import Scene, from_scores
+from mopeq.stream import read_layer
+
+
+def closed_form(w: torch.Tensor) -> torch.Tensor:
+    """(n-1)/|W|_F of each matrix of [E, out, in], in float64. A zero matrix, whose norm has no Hessian, counts 0."""
+    norm_E = w.double().flatten(1).norm(dim=1)
+    n = w.shape[1] * w.shape[2]
+    return torch.where(norm_E > 0, (n - 1) / norm_E.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+
+def scores(scene: Scene) -> np.ndarray:
+    """The closed form for every linear of the spec."""
+    rows = []
+    with progress("sense: hessian", scene.spec.expert_params, "weights") as p:
+        for layer in scene.spec.layers:
+            weights = read_layer(scene.folder, scene.spec, layer)
+            rows.append(torch.stack([closed_form(weights[q]) for q in layer.projections], dim=1).flatten())
+            p.step(sum(w.numel() for w in weights.values()))
+    return torch.cat(rows).numpy()
+
+
+def sense(scene: Scene) -> Sensitivity:
+    return from_scores(scene, "hessian", scores(scene))

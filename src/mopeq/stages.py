@@ -1,0 +1,496 @@
+"""The whole line on one page: each stage reads from the run directory, calls a pure function, commits.
+
+    headers -> MoESpec -> plan -> sense -> allocate -> PrecisionMap -> quantize -> packed checkpoint
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mopeq.alloc import ALLOCATORS
+from mopeq.checkpoint import Checkpoint, find_folder, open_checkpoint, read_json
+from mopeq.errors import BadInput, MopeqError
+from mopeq.families.standard import read_spec
+from mopeq.nouns import (
+    Budget,
+    Format,
+    LinearId,
+    MoESpec,
+    PrecisionMap,
+    Sensitivity,
+    make_map,
+    parse_size,
+    size_text,
+)
+from mopeq.options import Options
+from mopeq.packed import MANIFEST, RUN, json_bytes, read_manifest, write_atomic, write_manifest
+from mopeq.plan import (
+    Problem,
+    Target,
+    fixed_bytes,
+    kv_bytes_per_token,
+    largest_layer_bytes,
+    make_problem,
+    target,
+    uniform_bytes,
+    uniform_target,
+)
+from mopeq.progress import progress, say
+from mopeq.quant import QUANTIZERS
+from mopeq.rundir import RunDir, free_bytes, stage_digest
+from mopeq.sense import SENSORS
+from mopeq.tables import pick
+
+if TYPE_CHECKING:
+    from mopeq.data.calibration import Calibration
+
+NO_SENSE = ("uniform", "random")  # allocators that ask for no sensitivity
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint and what was asked of it; everything here is known from headers."""
+
+    checkpoint: Checkpoint
+    revision: str
+    spec: MoESpec
+    options: Options
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @cached_property
+    def fixed(self) -> int:
+        return fixed_bytes(self.spec, self.options.other)
+
+    @cached_property
+    def problem(self) -> Problem:
+        return make_problem(self.spec, self.options.formats, self.options.per)
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        return self.options.budget(self.spec)
+
+    @cached_property
+    def target(self) -> Target | None:
+        """The exact totals to be met, or None for what has no budget. BadInput if they cannot be."""
+        if self.budget is None:
+            return None
+        find = uniform_target if self.options.allocate == "uniform" else target
+        return find(self.spec, self.problem, self.budget, self.fixed)
+
+    @cached_property
+    def given_map(self) -> PrecisionMap | None:
+        """The map of `--map FILE`, checked against the checkpoint."""
+        if self.options.map is None:
+            return None
+        map_ = PrecisionMap.from_json(read_json(Path(self.options.map)), str(self.options.map))
+        map_.check_covers(self.spec, str(self.options.map))
+        return replace(map_, prefixes={layer.layer: layer.prefix for layer in self.spec.layers})
+
+    @cached_property
+    def predicted_bytes(self) -> int | None:
+        """Payload of the finished checkpoint; None where only the scores decide (kmeans)."""
+        if self.given_map is not None:
+            return self.fixed + self.given_map.nbytes(self.spec)
+        return None if self.target is None else self.fixed + self.target.expert_bytes
+
+
+def open_job(model: str | Path, options: Options) -> Job:
+    folder, revision = find_folder(model)
+    checkpoint = open_checkpoint(folder)
+    return Job(checkpoint, revision, read_spec(checkpoint), options)
+
+
+# -------------------------------------------------------------------------------------------------- plan
+
+
+def plan(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Sizes from headers alone, before any weight is read: what `mopeq plan --json` prints (DESIGN §3)."""
+    job = open_job(model, Options(**options))
+    return forecast(job)
+
+
+def forecast(job: Job) -> dict[str, Any]:
+    spec, options = job.spec, job.options
+    params = sum(t.count for t in spec.tensors.values())
+    by_bits = {str(f.bits): uniform_bytes(spec, f, job.fixed) for f in reversed(options.formats)}
+    predicted = job.predicted_bytes
+    shown = {
+        "model_type": spec.model_type,
+        "params": params,
+        "expert_params": spec.expert_params,
+        "layers": len(spec.layers),
+        "experts": sum(layer.experts for layer in spec.layers),
+        "bytes_bf16": 2 * params,
+        "bytes_source": sum(t.nbytes for t in spec.tensors.values()),
+        "header_bytes_source": job.checkpoint.header_bytes,
+        "bytes_by_bits": by_bits,
+        "bytes_other": job.fixed,
+        "bytes_by_role": bytes_by_role(spec),
+        "budget_bytes": predicted if job.budget is None or job.budget.fit_bytes is None else job.budget.fit_bytes,
+        "predicted_bytes": predicted,
+    }
+    if predicted is None:
+        widths = sorted(by_bits.values())
+        shown |= {"minimum_bytes": widths[0], "maximum_bytes": widths[-1]}
+    kv = kv_bytes_per_token(spec.config)
+    return shown | {
+        "run": {
+            "weights_bytes": predicted,
+            "kv_cache_bytes_per_1000_tokens": None if kv is None else 1000 * kv,
+            "largest_layer_bytes": largest_layer_bytes(spec),
+        },
+        "notes": plan_notes(job),
+    }
+
+
+def bytes_by_role(spec: MoESpec) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for name, tensor in spec.tensors.items():
+        sizes[spec.roles[name]] = sizes.get(spec.roles[name], 0) + tensor.nbytes
+    return dict(sorted(sizes.items(), key=lambda kv: -kv[1]))
+
+
+def plan_notes(job: Job) -> list[str]:
+    """What a user should know before starting."""
+    notes = []
+    code, size = job.problem.code_JF, job.problem.bytes_JF
+    if job.budget is not None and job.budget.avg_bits is not None and job.options.allocate != "uniform":
+        per_bit = {tuple(np.diff(s) / np.maximum(np.diff(c), 1)) for c, s in zip(code, size, strict=True)}
+        if len(per_bit) > 1:
+            notes.append(
+                "a code bit costs more bytes in some matrices than in others here (short last groups); under --avg-bits"
+                " the cheaper ones are widened first, before sensitivity decides; --fit lets it decide alone"
+            )
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------- quantize
+
+
+def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
+    """The whole line: MODEL to a packed checkpoint in OUT, resumable. Returns what `--json` prints (DESIGN §3)."""
+    started = time.monotonic()
+    job, out = open_job(model, Options(**options)), Path(out)
+    predicted = job.predicted_bytes  # whether the budget can be met is checked before anything else
+    digest = job_digest(job)
+    if (done := finished(out, digest)) is not None:
+        say(f"{out} is already made, by the same command from the same source")
+        return done
+    check_out(job, out)
+    calibration = load_calibration(job)
+    run = RunDir(Path(job.options.run) if job.options.run else out / ".mopeq")
+    source = sum(t.nbytes for t in job.spec.tensors.values())
+    ahead = "its size is decided by the clusters" if predicted is None else size_text(predicted)
+    say(f"{job.folder.name or job.folder}: {size_text(source)} -> {ahead}")
+    with run.locked():
+        run.event("start", job=digest)
+        write_atomic(run.path / "spec.json", json_bytes(forecast(job)))
+        sensitivity = None if skips_sense(job) else sense(job, run, calibration)
+        map_ = allocate(job, run, sensitivity)
+        files, notes = quantize_layers(job, run, map_, calibration)
+        payload = write_checkpoint(job, out, map_, files)
+        assert predicted is None or payload == predicted, f"planned {predicted} bytes, wrote {payload}"
+        difference = check(job, out, map_)
+        facts = {
+            "out": str(out),
+            "bytes_weights": payload,
+            "predicted_bytes": payload if predicted is None else predicted,
+            "bytes_source": source,
+            "avg_expert_bits": map_.code_bits(job.spec) / job.spec.expert_params,
+            "avg_expert_bits_effective": 8 * map_.nbytes(job.spec) / job.spec.expert_params,
+            "map": map_.digest,
+            "counts": map_.counts(),
+            "read_back": difference,
+            "notes": [*plan_notes(job), *(calibration.notes if calibration else ()), *notes],
+            "seconds": round(time.monotonic() - started, 3),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        seal(job, out, digest, facts, calibration, sensitivity)
+        run.event("done", job=digest)
+    if not job.options.run:
+        shutil.rmtree(out / ".mopeq" / "quantized", ignore_errors=True)
+    for note in facts["notes"]:
+        say(f"note: {note}")
+    say(f"{size_text(source)} -> {size_text(payload)} in {out}")
+    return facts
+
+
+def job_digest(job: Job) -> str:
+    """What a finished folder was made from: source and every option that changes its bytes."""
+    o = job.options
+    asked = {k: v for k, v in vars(o).items() if k not in ("run", "device", "max_memory", "map", "calib", "fit")}
+    asked |= {"bits": o.widths, "group_size": o.groups, "shard_size": parse_size(o.shard_size)}
+    asked |= {"map": job.given_map.digest if job.given_map else None, "budget": vars(job.budget) if job.budget else None}
+    asked["calib"] = [[str(p), Path(p).stat().st_size if Path(p).exists() else None] for p in o.calib]
+    return stage_digest("job", source=job.spec.digest, options=asked)
+
+
+def finished(out: Path, digest: str) -> dict[str, Any] | None:
+    """The facts of a sealed OUT made by the same job; BadInput if OUT is sealed and was made by another."""
+    if not (out / MANIFEST).exists():
+        return None
+    read_manifest(out)
+    body = read_json(out / RUN)
+    if body.get("job") != digest:
+        raise BadInput(f"{out} holds another finished checkpoint", "choose another -o, or delete that folder")
+    return dict(body["result"])
+
+
+def check_out(job: Job, out: Path) -> None:
+    """BadInput if OUT cannot or must not be written."""
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file", "-o OUT is a folder")
+    if out.resolve() == job.folder.resolve() or job.folder.resolve() in out.resolve().parents:
+        raise BadInput(f"{out} lies in the source folder", "choose an -o outside it")
+    if out.exists() and not (out / ".mopeq").exists() and any(out.iterdir()) and not (job.options.run and is_ours(out)):
+        raise BadInput(f"{out} is not empty and not mopeq's", "choose another -o, or empty that folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".mopeq").mkdir(exist_ok=True)
+    except OSError as problem:
+        raise BadInput(f"{out} cannot be written: {problem.strerror}", "choose another -o") from None
+    need = 2 * (job.predicted_bytes or max(uniform_bytes(job.spec, f, job.fixed) for f in job.options.formats))
+    if free_bytes(out) < need:
+        raise BadInput(
+            f"{out} has {size_text(free_bytes(out))} free; the packed layers and shards take {size_text(need)}",
+            "free some disk, or choose an -o elsewhere",
+        )
+
+
+def is_ours(out: Path) -> bool:
+    return (out / MANIFEST).exists() or (out / "precision_map.json").exists()
+
+
+def skips_sense(job: Job) -> bool:
+    return job.given_map is not None or job.options.allocate in NO_SENSE
+
+
+def load_calibration(job: Job) -> Calibration | None:
+    """Calibration data, if some method of the job shows any to the model. Refusals come before any work."""
+    needs = job.options.needs_data
+    if not needs:
+        return None
+    from mopeq.data.calibration import calibrate_with
+    from mopeq.models import load_config
+
+    whole = 4 * sum(t.count for t in job.spec.tensors.values())
+    limit = job.options.memory_bytes or available_memory()
+    if whole > limit:
+        raise BadInput(
+            f"{' and '.join(needs)} runs the model in float32, {size_text(whole)}, and {size_text(limit)} is at hand",
+            "use --sensitivity hessian --method rtn, which need one layer at a time",
+        )
+    o = job.options
+    calibration = calibrate_with(job.folder, load_config(job.folder), o.calib, o.calib_tokens, o.seed)
+    for note in calibration.notes:
+        say(note)
+    return calibration
+
+
+def available_memory() -> int:
+    """Bytes of memory the system says are available now."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62  # elsewhere the system itself must say no
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity:
+    """The sensitivity, from the run directory or made now."""
+    o = job.options
+    needs_data = SENSORS[o.sensitivity].needs_data
+    digest = stage_digest(
+        "sense",
+        source=job.spec.digest,
+        method=o.sensitivity,
+        formats=[f.name for f in o.formats],
+        scope=o.scope if o.sensitivity == "hybrid" else None,
+        seed=o.seed if needs_data else None,
+        data=calibration.digest if calibration and needs_data else None,
+    )
+    if (saved := run.load_sensitivity(digest)) is not None:
+        say(f"sense: {o.sensitivity} taken from {run.sensitivity_path(digest)}")
+        return saved
+    from mopeq.sense.scene import Scene
+
+    shown = calibration if needs_data else None
+    scene = Scene(
+        job.folder,
+        job.spec,
+        o.formats,
+        o.seed,
+        o.scope,
+        model=lambda attention: source_model(job, attention),
+        batches=shown.batches if shown else (),
+        data_digest=shown.digest if shown else "",
+    )
+    sensitivity: Sensitivity = pick(SENSORS, o.sensitivity, "sensitivity")(scene)
+    run.save_sensitivity(digest, sensitivity)
+    run.event("sense", digest=digest)
+    return sensitivity
+
+
+def source_model(job: Job, attention: str | None) -> Any:
+    import torch
+
+    from mopeq.models import load_model, pick_device
+
+    return load_model(job.folder, torch.float32, pick_device(job.options.device), attention)
+
+
+def allocate(job: Job, run: RunDir, sensitivity: Sensitivity | None) -> PrecisionMap:
+    """The precision map, by the allocator asked for, at exactly the budget."""
+    if job.given_map is not None:
+        return job.given_map
+    map_ = solve(job, sensitivity)
+    facts = {"sensitivity": job.options.sensitivity if sensitivity else None, "allocate": job.options.allocate}
+    budget = vars(job.budget) if job.budget else None
+    run.save_map(map_.digest, map_, facts | {"per": job.options.per, "scope": job.options.scope, "budget": budget})
+    run.event("allocate", map=map_.digest)
+    return map_
+
+
+def solve(job: Job, sensitivity: Sensitivity | None) -> PrecisionMap:
+    """Items' costs and scores from the sensitivity's, then the allocator."""
+    from mopeq.alloc.baselines import running_min
+    from mopeq.alloc.choose import Question
+
+    problem = job.problem
+    cost_JF = score_J = None
+    if sensitivity is not None:
+        assert sensitivity.formats == problem.formats
+        cost_JF = np.zeros(problem.bytes_JF.shape)
+        np.add.at(cost_JF, problem.item_of_I, sensitivity.cost_IF)
+        cost_JF = running_min(cost_JF)
+        if sensitivity.score_I is not None:
+            score_J = np.zeros(len(cost_JF))
+            np.add.at(score_J, problem.item_of_I, sensitivity.score_I)
+    question = Question(problem, cost_JF, score_J, job.target, job.options.scope, job.options.seed)
+    choice_J = pick(ALLOCATORS, job.options.allocate, "allocator")(question)
+    return make_map(job.spec, [problem.formats[f] for f in choice_J[problem.item_of_I]])
+
+
+def quantize_layers(
+    job: Job, run: RunDir, map_: PrecisionMap, calibration: Calibration | None
+) -> tuple[dict[int, Path], list[str]]:
+    """Every layer's experts in the map's formats, each layer a file of the run directory; notes name fallbacks."""
+    from mopeq.assemble import write_layer
+    from mopeq.stream import read_layer
+
+    o = job.options
+    shown = calibration.digest if calibration and QUANTIZERS[o.method].needs_data else None
+    digest = stage_digest("quantize", source=job.spec.digest, method=o.method, map=map_.digest, seed=o.seed, data=shown)
+    files = {layer.layer: run.layer_path(digest, layer.layer) for layer in job.spec.layers}
+    todo = [layer for layer in job.spec.layers if not files[layer.layer].exists()]
+    if len(todo) < len(files):
+        say(f"quantize: {len(files) - len(todo)} of {len(files)} layers taken from {run.path}")
+    notes: list[str] = []
+    moments = layer_moments(job, calibration, {layer.layer for layer in todo}) if shown else {}
+    with progress(f"quantize: {o.method}", sum(x.experts * np.prod(s) for x in todo for s in x.shapes.values()), "weights") as p:
+        for layer in todo:
+            weights = read_layer(job.folder, job.spec, layer)
+            seen = moments.pop(layer.layer, None)
+            if seen is not None and seen.starved:
+                seen.fill_starved()
+                notes.append(
+                    f"layer {layer.layer}: no calibration token reached experts {seen.starved}; tuned on the layer's mean"
+                )
+            packed: dict[LinearId, dict[str, Any]] = {}
+            for projection, w in weights.items():
+                packed |= quantize_projection(job, map_, layer.layer, projection, w, seen)
+                p.step(w.numel())
+            write_layer(files[layer.layer], job.spec, job.folder, layer, packed)
+    return files, notes
+
+
+def quantize_projection(
+    job: Job, map_: PrecisionMap, layer: int, projection: str, w_ENC: Any, moments: Any
+) -> dict[LinearId, dict[str, Any]]:
+    """One projection of a layer's experts, those of a format together."""
+    method = pick(QUANTIZERS, job.options.method, "quantization method")
+    by_format: dict[Format, list[int]] = {}
+    for e in range(len(w_ENC)):
+        by_format.setdefault(map_[LinearId(layer, e, projection)], []).append(e)
+    packed = {}
+    for fmt, members in by_format.items():
+        m = None if moments is None else moments.of(projection)[members]
+        parts = method(w_ENC[members].float(), fmt, moments=m, seed=job.options.seed).pack()
+        packed |= {
+            LinearId(layer, e, projection): {k: v[i] for k, v in parts.items()} for i, e in enumerate(members)
+        }
+    return dict(sorted(packed.items()))
+
+
+def layer_moments(job: Job, calibration: Calibration | None, layers: set[int]) -> dict[int, Any]:
+    from mopeq.sense.moments import collect
+
+    assert calibration is not None
+    model = source_model(job, None)
+    limit = (job.options.memory_bytes or available_memory()) // 2
+    found = collect(model, job.spec, calibration.batches, limit)
+    return {layer.layer: moments for layer, moments in found if layer.layer in layers}
+
+
+def write_checkpoint(job: Job, out: Path, map_: PrecisionMap, files: Mapping[int, Path]) -> int:
+    """Shards and the files around them; the folder is not sealed yet. Returns the payload."""
+    from mopeq.assemble import Supply, write_around, write_shards
+
+    other = job.options.other
+    supply = Supply(job.folder, job.spec, other, files)
+    total = job.fixed + map_.nbytes(job.spec)
+    with progress("write", total, "bytes") as p:
+        payload = write_shards(out, job.spec, map_, other, supply, parse_size(job.options.shard_size), p.step)
+    write_around(job.folder, out, job.spec, map_, other, payload)
+    return payload
+
+
+def check(job: Job, out: Path, map_: PrecisionMap) -> float:
+    """Read OUT back and compare its logits with the dequantized reference."""
+    from mopeq.readback import read_back
+
+    difference = read_back(job.folder, out, job.spec, map_, job.options.other, job.options.seed)
+    say(f"read back: logits agree with the dequantized reference to {difference:.1e} of their spread")
+    return difference
+
+
+def seal(
+    job: Job, out: Path, digest: str, facts: dict[str, Any], calibration: Calibration | None, s: Sensitivity | None
+) -> None:
+    """The run's facts, the model card, and last the manifest."""
+    from mopeq.card import model_card
+
+    versions = {name: sys.modules[name].__version__ for name in ("numpy", "torch", "transformers", "mopeq")}
+    options = {k: (list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v) for k, v in vars(job.options).items()}
+    body = {
+        "job": digest,
+        "source": str(job.folder.resolve()),
+        "source_revision": job.revision,
+        "source_digest": job.spec.digest,
+        "options": options | {"calib": [str(p) for p in job.options.calib]},
+        "versions": versions,
+        "calibration": {"digest": calibration.digest, "tokens": calibration.tokens} if calibration else None,
+        "sensitivity_notes": list(s.notes) if s else [],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "result": facts,
+    }
+    write_atomic(out / RUN, json_bytes(body))
+    write_atomic(out / "README.md", model_card(job.folder, job.spec, body).encode())
+    write_manifest(out)
+
+

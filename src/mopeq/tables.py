@@ -1,0 +1,34 @@
+"""Tables at the edges: each row names its function as text, so `--help` lists choices while torch sleeps.
+
+A table is a plain dict `{name: Row("mopeq.quant.rtn:quantize", "what it is, in one line")}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from mopeq.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Row:
+    where: str  # "module:function", imported only when chosen
+    says: str  # one line for --help
+    needs_data: bool = False  # whether it shows calibration data to the model
+
+
+def pick(table: Mapping[str, Row], name: str, what: str) -> Any:
+    """The function that `name` stands for in `table`; BadInput naming the choices if there is none."""
+    row(table, name, what)
+    module, function = table[name].where.split(":")
+    return getattr(import_module(module), function)
+
+
+def row(table: Mapping[str, Row], name: str, what: str) -> Row:
+    """The row called `name`; BadInput naming the choices if there is none."""
+    if name not in table:
+        raise BadInput(f"no {what} is called {name!r}", f"choose from: {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,100 @@
+"""A quantized matrix, and the bit stream it is stored as.
+
+Codes of a row are one little-endian bit stream along the last axis: value j holds bits j*b … j*b+b-1, so eight codes
+fill b bytes exactly. Packing works on those blocks of eight with uint8 shifts, whose overflow drops just the bits
+that belong to a neighbouring byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mopeq.nouns import Format
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., n] below 2^bits -> uint8 [..., ceil(n*bits/8)]."""
+    if bits == 8:
+        return codes.contiguous()
+    n = codes.shape[-1]
+    blocks = pad(codes, (0, -n % 8)).unflatten(-1, (-1, 8))
+    packed = torch.zeros(*blocks.shape[:-1], bits, dtype=torch.uint8, device=codes.device)
+    for j in range(8):
+        byte, shift = divmod(j * bits, 8)
+        packed[..., byte] |= blocks[..., j] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= blocks[..., j] >> (8 - shift)
+    return packed.flatten(-2)[..., : -(-n * bits // 8)].contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 [..., ceil(n*bits/8)] -> codes uint8 [..., n]."""
+    if bits == 8:
+        return packed
+    blocks = pad(packed, (0, -(-n // 8) * bits - packed.shape[-1])).unflatten(-1, (-1, bits))
+    codes = torch.empty(*blocks.shape[:-1], 8, dtype=torch.uint8, device=packed.device)
+    for j in range(8):
+        byte, shift = divmod(j * bits, 8)
+        value = blocks[..., byte] >> shift
+        if shift + bits > 8:
+            value = value | (blocks[..., byte + 1] << (8 - shift))
+        codes[..., j] = value & (2**bits - 1)
+    return codes.flatten(-2)[..., :n]
+
+
+def per_input(group_values: Tensor, group_size: int, n: int) -> Tensor:
+    """Values of each group [..., G] spread over the inputs of the group [..., n]; the last group may be shorter."""
+    return group_values.repeat_interleave(group_size, dim=-1)[..., :n]
+
+
+@dataclass(frozen=True)
+class QWeight:
+    """Matrices [..., out, in] as codes uint8 [..., out, in], scales fp16 and zeros uint8 [..., out, groups].
+
+    `zeros` is None for symmetric formats, whose zero point is 2^(bits-1).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    format: Format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(code - zero) * scale, computed in float32 (float64 if asked for), returned as `dtype`."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        n, size = self.codes.shape[-1], self.format.group_size
+        scale = per_input(self.scales.to(exact), size, n)
+        if self.zeros is None:
+            return ((self.codes.to(exact) - 2 ** (self.format.bits - 1)) * scale).to(dtype)
+        return ((self.codes.to(exact) - per_input(self.zeros.to(exact), size, n)) * scale).to(dtype)
+
+    def pack(self) -> dict[str, Tensor]:
+        """The tensors that are stored: qweight, scales and, unless symmetric, zeros packed along `out`."""
+        stored = {"qweight": pack_bits(self.codes, self.format.bits), "scales": self.scales.contiguous()}
+        if self.zeros is not None:
+            stored["zeros"] = pack_bits(self.zeros.transpose(-1, -2).contiguous(), self.format.bits)
+        return stored
+
+    @classmethod
+    def unpack(cls, stored: dict[str, Tensor], fmt: Format, out_features: int, in_features: int) -> QWeight:
+        """The inverse of `pack`."""
+        zeros = stored.get("zeros")
+        return cls(
+            unpack_bits(stored["qweight"], fmt.bits, in_features),
+            stored["scales"],
+            None if zeros is None else unpack_bits(zeros, fmt.bits, out_features).transpose(-1, -2),
+            fmt,
+        )
+
+    def __getitem__(self, index: int) -> QWeight:
+        """One matrix of a batch."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        return QWeight(self.codes[index], self.scales[index], zeros, self.format)
