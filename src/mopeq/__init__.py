@@ -15,6 +15,10 @@ install()
 def __getattr__(name: str) -> Any:
     """`mopeq.plan`, `mopeq.quantize` and `mopeq.evaluate` are imported when asked for: `import mopeq` stays light."""
     if name in __all__:
+        if name == "evaluate":
+            from mopeq.verbs.evaluate import evaluate
+
+            return evaluate
         from mopeq import stages
 
         return getattr(stages, name)

@@ -87,7 +87,9 @@ def write_shards(
     return sum(t.nbytes for shard in shards for t in shard)
 
 
-def write_layer(path: Path, spec: MoESpec, folder: Path, layer: MoELayer, weights: dict[LinearId, dict[str, Tensor]]) -> None:
+def write_layer(
+    path: Path, spec: MoESpec, folder: Path, layer: MoELayer, weights: dict[LinearId, dict[str, Tensor]]
+) -> None:
     """One quantized layer with its biases, under the final names, as the run directory keeps it."""
     biases = read_biases(folder, spec, layer)
     named: dict[str, Tensor] = {}
@@ -102,7 +104,9 @@ def write_layer(path: Path, spec: MoESpec, folder: Path, layer: MoELayer, weight
     write_safetensors(path, outputs, lambda o: tensor_data(named[o.name]))
 
 
-def write_around(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, payload: int) -> None:
+def write_around(
+    source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, payload: int
+) -> None:
     """config.json, the precision map, and every small file of the source but code and weights."""
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.name.startswith(".") or path.suffix == ".py" or path.name.endswith(WEIGHTS):
@@ -158,7 +162,9 @@ def dense_tensors(out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | 
         yield from dense_layer(reader, spec, layer, map_)
 
 
-def dense_layer(reader: PackedReader, spec: MoESpec, layer: MoELayer, map_: PrecisionMap) -> Iterator[tuple[str, Tensor]]:
+def dense_layer(
+    reader: PackedReader, spec: MoESpec, layer: MoELayer, map_: PrecisionMap
+) -> Iterator[tuple[str, Tensor]]:
     """One layer's experts and biases, put back into the source's layout."""
     whole: dict[str, Tensor] = {}
     for is_bias, places in ((False, layer.places), (True, layer.bias_places)):

@@ -38,14 +38,18 @@ def find_folder(model: str | os.PathLike[str]) -> tuple[Path, str]:
     name = str(model)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
-        raise BadInput(f"{model} {what}", "MODEL is a folder with config.json and *.safetensors, or a hub id like org/name")
+        raise BadInput(
+            f"{model} {what}", "MODEL is a folder with config.json and *.safetensors, or a hub id like org/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         got = snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py", "*.gguf", "*.onnx", "*.h5"])
     except Exception as problem:  # the hub's errors share no base class; every one of them means "not to be had"
         line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise BadInput(f"{name} is no folder here and the hub did not give it: {line}", "check the path or the id") from None
+        raise BadInput(
+            f"{name} is no folder here and the hub did not give it: {line}", "check the path or the id"
+        ) from None
     return Path(got), Path(got).name
 
 
@@ -154,6 +158,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if index.exists():
         for name, file in read_json(index)["weight_map"].items():
             if name not in tensors or tensors[name].file != file:
-                raise BadInput(f"{index.name} promises {name} in {file}, which has it not", "fetch the checkpoint again")
+                raise BadInput(
+                    f"{index.name} promises {name} in {file}, which has it not", "fetch the checkpoint again"
+                )
     rows = [[t.name, t.dtype, list(t.shape), t.file, t.offset] for t in tensors.values()]
     return Checkpoint(folder, config, tensors, digest_of([config, stamps, sorted(rows)]), header_bytes)

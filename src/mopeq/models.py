@@ -45,7 +45,9 @@ def load_config(folder: Path) -> Any:
         raise
     except Exception as problem:  # transformers raises whatever its config classes raise
         line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise BadInput(f"transformers cannot read {folder}/config.json: {line}", "is the family known to transformers?") from None
+        raise BadInput(
+            f"transformers cannot read {folder}/config.json: {line}", "is the family known to transformers?"
+        ) from None
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:
@@ -56,9 +58,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | N
     quiet_transformers()
     config = load_config(folder)
     options = {} if attention is None else {"attn_implementation": attention}
-    model, info = model_class(config).from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, **options
-    )
+    model, info = model_class(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys"):
         keys = info.get(kind)
         if keys:

@@ -220,11 +220,13 @@ _UNITS |= {f"{p}ib": 2 ** (10 * i) for i, p in enumerate("kmgt", 1)}
 
 
 def parse_size(text: str | int) -> int:
-    """"12GiB" -> bytes. A bare integer is bytes; kB, MB, GB, TB are 10^3n; KiB, MiB, GiB, TiB are 2^10n."""
+    """ "12GiB" -> bytes. A bare integer is bytes; kB, MB, GB, TB are 10^3n; KiB, MiB, GiB, TiB are 2^10n."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].lower() not in _UNITS:
         raise BadInput(f"{text!r} is no size", "write it like 12GiB, 500MB or 1073741824 (bytes)")
-    return int(float(match[1]) * _UNITS[match[2].lower()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].lower()]
+    return (
+        int(float(match[1]) * _UNITS[match[2].lower()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].lower()]
+    )
 
 
 def size_text(nbytes: float) -> str:

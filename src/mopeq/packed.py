@@ -44,7 +44,9 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False) + "\n").encode()
 
 
-def write_safetensors(path: Path, outputs: list[OutputTensor], give: Callable[[OutputTensor], bytes | memoryview]) -> int:
+def write_safetensors(
+    path: Path, outputs: list[OutputTensor], give: Callable[[OutputTensor], bytes | memoryview]
+) -> int:
     """Stream tensors into one safetensors file, asking `give` for each in turn; returns the header's bytes.
 
     The header is known beforehand, so no more than one tensor is held.
@@ -62,7 +64,9 @@ def write_safetensors(path: Path, outputs: list[OutputTensor], give: Callable[[O
         for out in outputs:
             data = give(out)
             if len(data) != out.nbytes:
-                raise MopeqError(f"{out.name} came to {len(data)} bytes where {out.nbytes} were planned", "please report it")
+                raise MopeqError(
+                    f"{out.name} came to {len(data)} bytes where {out.nbytes} were planned", "please report it"
+                )
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -108,7 +112,11 @@ def sealed_files(folder: Path) -> Iterator[Path]:
     """What a manifest covers: every visible file of the folder but itself."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts) and str(relative) not in NOT_SEALED:
+        if (
+            path.is_file()
+            and not any(part.startswith(".") for part in relative.parts)
+            and str(relative) not in NOT_SEALED
+        ):
             yield path
 
 
@@ -205,7 +213,9 @@ def check_version(qc: Mapping[str, Any]) -> None:
     if type(version) is not int or version < 1:
         raise BadInput(f"quantization_config has the format version {version!r}", "the folder is damaged")
     if version > FORMAT_VERSION:
-        raise BadInput(f"the checkpoint has format version {version}; this mopeq reads {FORMAT_VERSION}", "upgrade mopeq")
+        raise BadInput(
+            f"the checkpoint has format version {version}; this mopeq reads {FORMAT_VERSION}", "upgrade mopeq"
+        )
 
 
 def check_experts(folder: Path, map_: PrecisionMap, names: Iterable[str]) -> None:

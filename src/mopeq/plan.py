@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 
 from mopeq.errors import BadInput
-from mopeq.nouns import Budget, Format, LinearId, MoELayer, MoESpec, OutputTensor, PrecisionMap, TensorInfo, size_text, tensor_bytes
+from mopeq.nouns import (
+    Budget,
+    Format,
+    LinearId,
+    MoELayer,
+    MoESpec,
+    OutputTensor,
+    PrecisionMap,
+    TensorInfo,
+    size_text,
+    tensor_bytes,
+)
 
 PER = ("projection", "expert", "layer-projection", "layer")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mopeq.assemble import dense_tensors
 from mopeq.errors import MopeqError
-from mopeq.models import model_class, load_config, load_model, quiet_transformers
+from mopeq.models import load_config, load_model, model_class, quiet_transformers
 from mopeq.nouns import Format, MoESpec, PrecisionMap
 from mopeq.packed import unsealed_allowed
 
@@ -36,7 +36,9 @@ def load_dense(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     if info["missing_keys"]:
-        raise MopeqError(f"{source}: {sorted(map(str, info['missing_keys']))[0]} is missing", "please report this model")
+        raise MopeqError(
+            f"{source}: {sorted(map(str, info['missing_keys']))[0]} is missing", "please report this model"
+        )
     return model.eval()
 
 

@@ -46,7 +46,9 @@ class RunDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise BadInput(f"another run is at work in {self.path}", "wait for it, or choose another --run") from None
+                raise BadInput(
+                    f"another run is at work in {self.path}", "wait for it, or choose another --run"
+                ) from None
             yield
 
     # --------------------------------------------------------------------------------- sensitivity

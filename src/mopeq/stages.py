@@ -1,6 +1,6 @@
 """The whole line on one page: each stage reads from the run directory, calls a pure function, commits.
 
-    headers -> MoESpec -> plan -> sense -> allocate -> PrecisionMap -> quantize -> packed checkpoint
+headers -> MoESpec -> plan -> sense -> allocate -> PrecisionMap -> quantize -> packed checkpoint
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from mopeq.alloc import ALLOCATORS
 from mopeq.checkpoint import Checkpoint, find_folder, open_checkpoint, read_json
-from mopeq.errors import BadInput, MopeqError
+from mopeq.errors import BadInput
 from mopeq.families.standard import read_spec
 from mopeq.nouns import (
     Budget,
@@ -233,7 +233,10 @@ def job_digest(job: Job) -> str:
     o = job.options
     asked = {k: v for k, v in vars(o).items() if k not in ("run", "device", "max_memory", "map", "calib", "fit")}
     asked |= {"bits": o.widths, "group_size": o.groups, "shard_size": parse_size(o.shard_size)}
-    asked |= {"map": job.given_map.digest if job.given_map else None, "budget": vars(job.budget) if job.budget else None}
+    asked |= {
+        "map": job.given_map.digest if job.given_map else None,
+        "budget": vars(job.budget) if job.budget else None,
+    }
     asked["calib"] = [[str(p), Path(p).stat().st_size if Path(p).exists() else None] for p in o.calib]
     return stage_digest("job", source=job.spec.digest, options=asked)
 
@@ -402,7 +405,9 @@ def quantize_layers(
         say(f"quantize: {len(files) - len(todo)} of {len(files)} layers taken from {run.path}")
     notes: list[str] = []
     moments = layer_moments(job, calibration, {layer.layer for layer in todo}) if shown else {}
-    with progress(f"quantize: {o.method}", sum(x.experts * np.prod(s) for x in todo for s in x.shapes.values()), "weights") as p:
+    with progress(
+        f"quantize: {o.method}", sum(x.experts * np.prod(s) for x in todo for s in x.shapes.values()), "weights"
+    ) as p:
         for layer in todo:
             weights = read_layer(job.folder, job.spec, layer)
             seen = moments.pop(layer.layer, None)
@@ -431,9 +436,7 @@ def quantize_projection(
     for fmt, members in by_format.items():
         m = None if moments is None else moments.of(projection)[members]
         parts = method(w_ENC[members].float(), fmt, moments=m, seed=job.options.seed).pack()
-        packed |= {
-            LinearId(layer, e, projection): {k: v[i] for k, v in parts.items()} for i, e in enumerate(members)
-        }
+        packed |= {LinearId(layer, e, projection): {k: v[i] for k, v in parts.items()} for i, e in enumerate(members)}
     return dict(sorted(packed.items()))
 
 
@@ -476,7 +479,10 @@ def seal(
     from mopeq.card import model_card
 
     versions = {name: sys.modules[name].__version__ for name in ("numpy", "torch", "transformers", "mopeq")}
-    options = {k: (list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v) for k, v in vars(job.options).items()}
+    options = {
+        k: (list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v)
+        for k, v in vars(job.options).items()
+    }
     body = {
         "job": digest,
         "source": str(job.folder.resolve()),
@@ -492,5 +498,3 @@ def seal(
     write_atomic(out / RUN, json_bytes(body))
     write_atomic(out / "README.md", model_card(job.folder, job.spec, body).encode())
     write_manifest(out)
-
-

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mopeq.alloc import baselines, knapsack as exact
+from mopeq.alloc import baselines
+from mopeq.alloc import knapsack as exact
 from mopeq.alloc.kmeans import cluster
 from mopeq.errors import BadInput
 from mopeq.plan import Problem, Target

@@ -145,8 +145,10 @@ def _core(moves: Moves, need: int, most: int) -> tuple[Moves, list[int]]:
     moves = moves.part(order)
     order = np.argsort(moves.units_M, kind="stable")
     new = np.diff(moves.units_M[order], prepend=moves.units_M[order[:1]] - 1) != 0
-    begin = np.flatnonzero(new)[np.cumsum(new) - 1]
-    moves = moves.part(np.sort(order[np.arange(len(order)) - begin < most]))
+    rank_M = np.empty(len(order), dtype=np.int64)  # among moves of the same change
+    rank_M[order] = np.arange(len(order)) - np.flatnonzero(new)[np.cumsum(new) - 1]
+    order = np.lexsort((moves.item_M, rank_M, moves.cost_M, moves.first_M))
+    moves = moves.part(order[rank_M[order] < most])
     _, turn_I, item_M = np.unique(moves.item_M, return_index=True, return_inverse=True)
     moves = moves.part(np.argsort(turn_I[item_M], kind="stable"))
     begin_I = np.flatnonzero(np.diff(moves.item_M, prepend=-1) != 0)

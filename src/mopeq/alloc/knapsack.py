@@ -27,6 +27,7 @@ from mopeq.alloc.split import by_step, cheapest_split
 from mopeq.errors import BadInput
 
 FIRST_TRY = 1_000_000  # work given to treating all shapes together before splitting the total among them
+MOST_PARTS = 8  # steps among which a total is shared
 LARGEST = 2**48  # of a first-level cost times the units of a move: sums of a few thousand stay within 64 bits
 
 
@@ -94,7 +95,7 @@ def _solve(cost_IF: Floats, weight_IF: Ints, bytes_IF: Ints | None, total: int) 
 def _spend(items: Items, need: int, two_levels: bool) -> tuple[Ints | None, float]:
     """The cheapest choice of `need` units and its gap: all shapes together, or if that grows too wide, by shares."""
     edges = hull_edges(items)
-    if two_levels or len(parts := by_step(items)) == 1:
+    if two_levels or not 1 < len(parts := by_step(items)) <= MOST_PARTS:
         return cheapest(items, edges, need), 0.0
     try:
         return cheapest(items, edges, need, FIRST_TRY), 0.0

@@ -16,13 +16,14 @@ class Family:
     `per_expert`: every expert's projections are tensors of their own (`…experts.3.gate_proj.weight` or `w1/w3/w2`).
     Otherwise the experts of a layer are stacked in one tensor, whose last name is `gate_up` and `down` below `block`;
     `transposed` says it is stored [expert, in, out], `interleaved` that gate and up alternate along the outputs.
+    `transposed=None`: both orders are found; whatever does not end in the module's own order is transposed.
     """
 
     per_expert: bool = True
     block: str = "experts"  # the stacked tensors are called …<block>.<gate_up> and …<block>.<down>
     gate_up: str = "gate_up_proj"
     down: str = "down_proj"
-    transposed: bool = False
+    transposed: bool | None = False
     interleaved: bool = False
 
 
@@ -44,7 +45,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_oss": Family(per_expert=False, transposed=True, interleaved=True),
     "openai_privacy_filter": Family(per_expert=False, transposed=True),
-    "qwen3_vl_moe": Family(per_expert=False, transposed=True),
+    # released checkpoints are transposed; transformers 5 saves them as the module holds them, and reads both
+    "qwen3_vl_moe": Family(per_expert=False, transposed=None),
     "diffusion_gemma": STACKED,
     "gemma4": STACKED,
     "mistral4": STACKED,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from mopeq.errors import BadInput
 
@@ -43,6 +45,18 @@ class FatalMissingKeys(PreTrainedModel):
                 "is a shard absent, or do config.json and weights belong to different checkpoints?",
             )
         return (model, info) if output_loading_info else model
+
+
+def processor_files(folder: Any, kwargs: dict[str, Any], *names: str) -> list[dict[str, Any]]:
+    """The JSON files of a folder (or hub id) by name, {} for each that is absent. BadInput without a tokenizer."""
+    hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+    paths = [
+        cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **hub)
+        for name in ("tokenizer.json", *names)
+    ]
+    if paths[0] is None:
+        raise BadInput(f"{folder} has no tokenizer.json", "fetch the checkpoint's tokenizer files too")
+    return [json.loads(Path(path).read_text("utf-8")) if path else {} for path in paths[1:]]
 
 
 def read_picture(picture: Any) -> Image.Image:

@@ -27,7 +27,7 @@ def read_spec(checkpoint: Checkpoint) -> MoESpec:
     if tied(config):  # a copy of the tied matrix is no second matrix
         if any(name.endswith("embed_tokens.weight") for name in tensors):
             tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
-    layers = per_expert_layers(tensors) if family.per_expert else stacked_layers(tensors, family)
+    layers = per_expert_layers(tensors) if family.per_expert else stacked_layers(tensors, family, hidden_size(config))
     if not layers:
         raise BadInput(
             f"no routed expert found: {model_type} checkpoints should hold them as {described(family)}",
@@ -72,7 +72,9 @@ def find_family(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
 def tied(config: Mapping[str, Any]) -> bool:
     """Whether the config says that input and output embeddings are one matrix."""
     text = config.get("text_config")
-    return config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None) is True
+    return (
+        config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None) is True
+    )
 
 
 def described(family: Family) -> str:
@@ -130,7 +132,14 @@ def check_alike(tensors: Any, rank: int) -> TensorInfo:
 # -------------------------------------------------------------------------- experts stacked in one tensor
 
 
-def stacked_layers(tensors: Mapping[str, TensorInfo], family: Family) -> tuple[MoELayer, ...]:
+def hidden_size(config: Mapping[str, Any]) -> int | None:
+    """The language model's hidden size, if the config tells."""
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("hidden_size")
+    return found if type(found) is int else None
+
+
+def stacked_layers(tensors: Mapping[str, TensorInfo], family: Family, hidden: int | None) -> tuple[MoELayer, ...]:
     """Layers of checkpoints where one tensor holds a projection (or gate and up together) of all experts."""
     ends = {family.gate_up: "gate_up", "up_proj": "up", family.down: "down"}
     found: dict[str, dict[str, TensorInfo]] = {}
@@ -148,16 +157,20 @@ def stacked_layers(tensors: Mapping[str, TensorInfo], family: Family) -> tuple[M
         halves = ("even", "odd") if family.interleaved else ("first", "second")
         parts = {"gate": halves[0], "up": halves[1]} if top == "gate_up" else {"up": "all"}
         up, down = check_alike([slots[top]], 3), check_alike([slots["down"]], 3)
-        outs, ins = (up.shape[2], up.shape[1]) if family.transposed else (up.shape[1], up.shape[2])
-        down_shape = (down.shape[2], down.shape[1]) if family.transposed else (down.shape[1], down.shape[2])
+        if family.transposed is None:  # each tensor by itself, as transformers decides when it loads
+            up_transposed, down_transposed = up.shape[2] != hidden, down.shape[1] != hidden
+        else:
+            up_transposed = down_transposed = family.transposed
+        outs, ins = (up.shape[2], up.shape[1]) if up_transposed else (up.shape[1], up.shape[2])
+        down_shape = (down.shape[2], down.shape[1]) if down_transposed else (down.shape[1], down.shape[2])
         if down.shape[0] != up.shape[0] or outs % len(parts) or down_shape != (ins, outs // len(parts)):
             raise BadInput(
                 f"{prefix}: {list(up.shape)} and {list(down.shape)} do not fit together as stacked experts",
                 f"is the layout of this family as its row in {WHERE_TO_ADD} says?",
             )
         shapes = {p: (outs // len(parts), ins) for p in parts} | {"down": down_shape}
-        places = {p: Place(up.name, family.transposed, rows) for p, rows in parts.items()}
-        places["down"] = Place(down.name, family.transposed)
+        places = {p: Place(up.name, up_transposed, rows) for p, rows in parts.items()}
+        places["down"] = Place(down.name, down_transposed)
         bias_places = {}
         if f"{top}_bias" in slots:
             bias_places = {p: Place(slots[f"{top}_bias"].name, rows=rows) for p, rows in parts.items()}

@@ -4,5 +4,7 @@ from mopeq.tables import Row
 
 KERNELS: dict[str, Row] = {
     "ref": Row("mopeq.kernels.ref:experts_forward", "plain torch, one expert after another: the truth, slow"),
-    "torch": Row("mopeq.kernels.grouped:experts_forward", "torch, one unpacking pass per width tier, chosen experts only"),
+    "torch": Row(
+        "mopeq.kernels.grouped:experts_forward", "torch, one unpacking pass per width tier, chosen experts only"
+    ),
 }

@@ -96,7 +96,7 @@ class QuantizedExperts(nn.Module):
         for flag in FLAGS:
             setattr(self, flag, getattr(original, flag))
         self.has_post_expert_norm = bool(getattr(original, "has_post_expert_norm", False))
-        biases = {p: original.down_proj_bias.dtype for p in self.projections} if self.has_bias else {}
+        biases = dict.fromkeys(self.projections, original.down_proj_bias.dtype) if self.has_bias else {}
         for name in list(original._parameters):
             delattr(original, name)  # what is left are its gate's constants, activation and norms
         self._original = (original,)  # in a tuple: it is asked for its gate, but is no submodule

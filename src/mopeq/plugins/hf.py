@@ -24,7 +24,9 @@ from mopeq.plugins.experts import PackedEmbedding, PackedLinear, PackedMatrix, Q
 from mopeq.seam import experts_modules, match_names, weights
 
 
-def expert_formats(experts: Mapping[str, Mapping[str, str]], palette: list[Format]) -> dict[str, dict[str, list[Format]]]:
+def expert_formats(
+    experts: Mapping[str, Mapping[str, str]], palette: list[Format]
+) -> dict[str, dict[str, list[Format]]]:
     """config.json's digits -> {prefix: {projection: [Format of each expert]}}."""
     return {
         prefix: {p: [palette[BASE36.index(digit)] for digit in row] for p, row in rows.items()}
@@ -78,7 +80,9 @@ class MopeqQuantizer(HfQuantizer):
         for name, module in found:
             rows = formats[prefixes[name]]
             if any(len(rows[p]) != len(rows["down"]) for p in rows):
-                raise BadInput(f"config.json gives {prefixes[name]} unequal numbers of experts", "the folder is damaged")
+                raise BadInput(
+                    f"config.json gives {prefixes[name]} unequal numbers of experts", "the folder is damaged"
+                )
             with torch.device("meta"):
                 replace(model, name, QuantizedExperts(module, rows, projection_shapes(module)))
         if self.quantization_config.other is not None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mopeq.nouns import Format
-from mopeq.quant.rtn import LARGEST, SMALLEST, grouped, quantize as round_to_nearest
+from mopeq.quant.rtn import LARGEST, SMALLEST, grouped
+from mopeq.quant.rtn import quantize as round_to_nearest
 from mopeq.tensors import QWeight, per_input
 
 STEPS = 200

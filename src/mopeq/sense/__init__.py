@@ -9,6 +9,8 @@ SENSORS: dict[str, Row] = {
         "the paper as its text reads: Hessian trace of the true loss, by random probes, with its standard error",
         needs_data=True,
     ),
-    "frequency": Row("mopeq.sense.frequency:sense", "tokens routed to each expert: the paper's baseline", needs_data=True),
+    "frequency": Row(
+        "mopeq.sense.frequency:sense", "tokens routed to each expert: the paper's baseline", needs_data=True
+    ),
     "hybrid": Row("mopeq.sense.hybrid:sense", "frequency times hessian, each scaled to 0…1", needs_data=True),
 }

@@ -1,0 +1,92 @@
+"""Calibration batches: which text and pictures a sensor or a quantizer shows to the model, and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopeq.data.encode import Batch, encode, max_positions, modality_mask, windows
+from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
+from mopeq.data.readers import Item, builtin, read
+from mopeq.errors import BadInput
+
+WINDOW = 512  # tokens of joined text shown at a time
+ROWS = 4  # windows in a batch
+PICTURES = 512  # drawn questions at hand where the built-in set is used for a vision-language model
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches in the order they are shown, the digest of their token ids and pixels, and what to tell the user."""
+
+    batches: tuple[Batch, ...]
+    digest: str
+    tokens: int
+    notes: tuple[str, ...]
+
+
+def calibrate_with(folder: Path, config: Any, paths: Sequence[str | Path], tokens: int, seed: int) -> Calibration:
+    """About `tokens` tokens of calibration data. With text and pictures at hand, half the tokens are of each.
+
+    Without `paths` the built-in set is used, which is said in the notes. BadInput where the data is empty.
+    """
+    processor = load_processor(folder)
+    if paths:
+        items, notes = [item for path in paths for item in read(path)], []
+    else:
+        items = builtin(pictures=PICTURES if reads_pictures(processor) else 0, seed=seed)
+        notes = ["calibrated on mopeq's small built-in set (--calib DATA gives your own)"]
+    order = random.Random(seed)
+    texts = [item for item in items if item.text is not None]
+    asked = [item for item in items if item.text is None]
+    order.shuffle(texts)
+    order.shuffle(asked)
+    for_text = tokens if not asked else (0 if not texts else tokens // 2)
+    shown = [*text_batches(texts, processor, config, for_text), *asked_batches(asked, processor, config, tokens - for_text)]
+    if not shown:
+        raise BadInput("the calibration data holds no tokens", "give a --calib file with text or questions")
+    count = sum(batch["input_ids"].numel() for batch in shown)
+    if count < 0.9 * tokens:
+        notes.append(f"the calibration data gave {count} tokens where {tokens} were asked for")
+    return Calibration(tuple(shown), digest(shown), count, tuple(notes))
+
+
+def text_batches(items: list[Item], processor: Any, config: Any, tokens: int) -> Iterator[Batch]:
+    """Windows of joined text, a few rows at a time, up to `tokens` tokens."""
+    window = min(WINDOW, max_positions(config) or WINDOW, max(tokens, 2))
+    rows = windows((item.text for item in items if item.text), tokenizer_of(processor), window) if tokens else []
+    rows = rows[: -(-tokens // window)]
+    for length in sorted({len(row) for row in rows}, reverse=True):
+        alike = [row for row in rows if len(row) == length]
+        for at in range(0, len(alike), ROWS):
+            ids = torch.stack(alike[at : at + ROWS])
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def asked_batches(items: list[Item], processor: Any, config: Any, tokens: int) -> Iterator[Batch]:
+    """Conversations with their answers, one at a time, up to `tokens` tokens."""
+    shown = 0
+    for item in items:
+        if shown >= tokens:
+            return
+        batch = encode(item, processor)
+        shown += batch["input_ids"].numel()
+        yield batch | {"image_mask": modality_mask(batch["input_ids"], config)} if item.images else batch
+
+
+def digest(batches: Sequence[Batch]) -> str:
+    """sha256 (16 hex digits) over every tensor of every batch."""
+    h = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            tensor: Tensor = batch[name].contiguous()
+            h.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            h.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return h.hexdigest()[:16]

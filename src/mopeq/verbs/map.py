@@ -1,0 +1,98 @@
+"""`mopeq map`: the precision map shown, compared, or solved again for another budget from saved sensitivities."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mopeq.checkpoint import read_json
+from mopeq.errors import BadInput
+from mopeq.nouns import PrecisionMap
+from mopeq.options import Options
+from mopeq.packed import RUN, read_map
+from mopeq.rundir import RunDir, read_sensitivity
+from mopeq.stages import Job, open_job, skips_sense, solve
+
+
+def show(
+    run_or_out: str | Path,
+    avg_bits: float | None = None,
+    fit: str | int | None = None,
+    against: str | Path | None = None,
+) -> dict[str, Any]:
+    """The map as JSON (to_json's fields, so that it serves as `--map`), with bytes where it was solved again and the
+    differences where it was compared."""
+    path = Path(run_or_out)
+    if avg_bits is None and fit is None:
+        map_, extra = load_map(path), {}
+    else:
+        map_, extra = solve_again(path, avg_bits, fit)
+    if against is not None:
+        extra |= {"against": compare_maps(map_, load_map(Path(against)))}
+    return map_.to_json() | extra
+
+
+def load_map(path: Path) -> PrecisionMap:
+    """From a packed checkpoint, a run directory (its newest map), or a map file."""
+    if path.is_file():
+        return PrecisionMap.from_json(read_json(path), str(path))
+    if (path / "precision_map.json").exists():
+        return read_map(path)
+    maps = sorted((path / "maps").glob("*.json"), key=lambda p: p.stat().st_mtime)
+    if not maps:
+        raise BadInput(f"{path} holds no precision map", "give a packed checkpoint, a run directory or a map file")
+    return PrecisionMap.from_json(read_json(maps[-1]), str(maps[-1]))
+
+
+def solve_again(out: Path, avg_bits: float | None, fit: str | int | None) -> tuple[PrecisionMap, dict[str, Any]]:
+    """The map of another budget, by the same options and the sensitivity saved beside the checkpoint."""
+    if not (out / RUN).exists():
+        raise BadInput(f"{out} has no {RUN}", "another budget is solved for a finished checkpoint of `mopeq quantize`")
+    facts = read_json(out / RUN)
+    job = job_of(facts, avg_bits, fit)
+    sensitivity = None
+    if not skips_sense(job):
+        run = RunDir(Path(facts["options"]["run"]) if facts["options"].get("run") else out / ".mopeq")
+        saved = sorted((run.path / "sensitivity").glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True)
+        found = (read_sensitivity(p) for p in saved)
+        sensitivity = next(
+            (s for s in found if s.method == job.options.sensitivity and s.formats == job.options.formats), None
+        )
+        if sensitivity is None:
+            raise BadInput(f"{run.path} holds no {job.options.sensitivity} sensitivity", "quantize once with --run DIR")
+    map_ = solve(job, sensitivity)
+    total = job.fixed + map_.nbytes(job.spec)
+    return map_, {
+        "bytes_weights": total,
+        "avg_expert_bits": map_.code_bits(job.spec) / job.spec.expert_params,
+        "avg_expert_bits_effective": 8 * map_.nbytes(job.spec) / job.spec.expert_params,
+    }
+
+
+def job_of(facts: dict[str, Any], avg_bits: float | None, fit: str | int | None) -> Job:
+    """The job a checkpoint was made by, with another budget."""
+    known = {f.name for f in fields(Options)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["options"].items() if k in known}
+    options = Options(**(given | {"avg_bits": avg_bits, "fit": fit, "map": None}))
+    job = open_job(facts["source"], options)
+    if job.spec.digest != facts["source_digest"]:
+        raise BadInput(f"{facts['source']} changed since the checkpoint was made", "quantize again")
+    return job
+
+
+def compare_maps(a: PrecisionMap, b: PrecisionMap) -> dict[str, Any]:
+    """How many matrices differ, and the change of width by projection."""
+    if set(a.formats) != set(b.formats):
+        raise BadInput("the two maps are of different models", "compare maps of one model")
+    differ = [i for i in a if a[i] != b[i]]
+    change: dict[str, float] = {}
+    for i in a:
+        change[i.projection] = change.get(i.projection, 0.0) + a[i].bits - b[i].bits
+    count = len(a.formats)
+    return {
+        "digest": b.digest,
+        "matrices": count,
+        "differ": len(differ),
+        "mean_bits_change": {p: total / sum(i.projection == p for i in a) for p, total in change.items()},
+    }

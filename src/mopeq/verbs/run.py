@@ -1,0 +1,47 @@
+"""`mopeq run`: generate from a packed checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopeq.checkpoint import find_folder
+from mopeq.data.encode import encode_prompt, model_inputs
+from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
+from mopeq.data.readers import Item
+from mopeq.errors import BadInput
+from mopeq.models import load_model, pick_device
+
+
+def answer(
+    out: str | Path, prompt: str, images: Sequence[str | Path] = (), max_new_tokens: int = 128, device: str = "auto"
+) -> dict[str, Any]:
+    """Greedy answer to a prompt, with pictures where the model reads them; a base model without a chat template
+    continues the text. float32 on CPU, bf16 on cuda. BadInput for an unreadable picture."""
+    folder, _ = find_folder(out)
+    processor = load_processor(folder)
+    for image in images:
+        if not Path(image).is_file():
+            raise BadInput(f"{image} does not exist", "give --image the path of a picture")
+    if images and not reads_pictures(processor):
+        raise BadInput(f"{out} reads text only", "leave --image out")
+    chosen = pick_device(device)
+    model = load_model(folder, torch.bfloat16 if chosen == "cuda" else torch.float32, chosen)
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+    item = Item(
+        None, [{"role": "user", "content": content}], tuple(Path(i) for i in images), None, {"source": "--prompt"}
+    )
+    inputs = model_inputs(encode_prompt(item, processor))
+    started = time.monotonic()
+    with torch.inference_mode():
+        ids = model.generate(
+            **{k: v.to(chosen) for k, v in inputs.items()}, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    seconds = time.monotonic() - started
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer_of(processor).decode(new, skip_special_tokens=True)
+    return {"answer": text.strip(), "new_tokens": len(new), "seconds": round(seconds, 3)}
