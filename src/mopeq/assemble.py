@@ -35,7 +35,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 def tensor_data(tensor: Tensor) -> memoryview:
     """A tensor's bytes as a file holds them."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class Supply:

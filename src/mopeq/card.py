@@ -25,13 +25,14 @@ def model_card(source: Path, spec: MoESpec, run: dict[str, Any]) -> str:
     if "license" in head:
         lines.insert(2, f"license: {head['license']}")
     asked = f"--avg-bits {options['avg_bits']}" if options["avg_bits"] is not None else f"--fit {options['fit']}"
+    how = " ".join(f"--{name} {options[name]}" for name in ("sensitivity", "allocate", "per", "method"))
     counts = ", ".join(f"{n} × {name}" for name, n in result["counts"].items())
     lines += [
         "---",
         f"# {source.name}, packed by mopeq",
         "",
-        "**`import mopeq` before loading.** Without it transformers warns of an unknown quantization type and fills the",
-        "experts with random numbers.",
+        "**`import mopeq` before loading.** Without it transformers warns of an unknown quantization type and fills",
+        "the experts with random numbers.",
         "",
         "```python",
         "import mopeq",
@@ -44,12 +45,11 @@ def model_card(source: Path, spec: MoESpec, run: dict[str, Any]) -> str:
         "|---|---|",
         f"| source | {source.name} ({spec.model_type}), {size_text(result['bytes_source'])} |",
         f"| weights | {size_text(result['bytes_weights'])} ({result['bytes_weights']:,} bytes of tensors) |",
-        f"| routed experts | {result['avg_expert_bits']:.3f} code bits, {result['avg_expert_bits_effective']:.3f} with scales"
-        " and zero points |",
+        f"| routed experts | {result['avg_expert_bits']:.3f} code bits,"
+        f" {result['avg_expert_bits_effective']:.3f} with scales and zero points |",
         f"| widths | {counts} (bits, group size, a: asymmetric) |",
         f"| all other 2-D weights | {options['other_bits']} bits |",
-        f"| made by | mopeq {run['versions']['mopeq']}: --sensitivity {options['sensitivity']} --allocate"
-        f" {options['allocate']} --per {options['per']} --method {options['method']} {asked if 'None' not in asked else ''} |",
+        f"| made by | mopeq {run['versions']['mopeq']}: {how} {asked if 'None' not in asked else ''} |",
         f"| licence | {head.get('license', 'that of the source')} |",
     ]
     lines += [f"\nNote: {note}." for note in (*result["notes"], *run["sensitivity_notes"])]

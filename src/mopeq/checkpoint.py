@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
         spans.append((start, end, name))
         tensors[name] = TensorInfo(name, dtype, shape, path.name, 8 + length + start, end - start)
     spans.sort()
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
             raise refuse(f"{name} and {other} overlap")
     return tensors, 8 + length

@@ -1,4 +1,4 @@
-"""The command line: thin. One verb a stage; stdout is for results, stderr for progress, errors are one line and a hint."""
+"""The command line, thin: one verb a stage; results on stdout, progress on stderr; an error is one line and a hint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of transformers, loaded whole: for sensing, evaluating, generating. Never remote code, never missing weights."""
+"""Models of transformers, loaded whole: for sensing, evaluating, generating. No remote code, no missing weights."""
 
 from __future__ import annotations
 

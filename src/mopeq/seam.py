@@ -170,13 +170,18 @@ def plain_forward(
     names = ("gate", "up") if module.has_gate else ("up",)
     w = weights(module)
     biases = {p: bias(module, p) for p in w}
+
+    def project(p: str, x: Tensor, e: int) -> Tensor:
+        b_EN = biases[p]
+        return linear(x, w[p][e], None if b_EN is None else b_EN[e])
+
     for e, tokens, choice in routed(index_TK, experts):
         x = x_TH[tokens]
-        h = activate(module, {p: linear(x, w[p][e], None if biases[p] is None else biases[p][e]) for p in names})
+        h = activate(module, {p: project(p, x, e) for p in names})
         weight = weight_TK[tokens, choice]
         if see is not None:
             see(e, tokens, x, h, weight)
-        y = linear(h, w["down"][e], None if biases["down"] is None else biases["down"][e])
+        y = project("down", h, e)
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)
         out_TH = out_TH.index_add(0, tokens, (y * weight.unsqueeze(-1)).to(out_TH.dtype))

@@ -53,8 +53,8 @@ def show_quantized(r: dict[str, Any]) -> None:
     out(
         f"{r['out']}: {r['bytes_weights']:,} bytes of weights ({size_text(r['bytes_weights'])}, from"
         f" {size_text(r['bytes_source'])})",
-        f"experts: {r['avg_expert_bits']:.3f} code bits on average, {r['avg_expert_bits_effective']:.3f} with scales and"
-        " zero points; " + ", ".join(f"{n} × {name}" for name, n in r["counts"].items()),
+        f"experts: {r['avg_expert_bits']:.3f} code bits on average, {r['avg_expert_bits_effective']:.3f} with scales"
+        " and zero points; " + ", ".join(f"{n} × {name}" for name, n in r["counts"].items()),
         f"{r['seconds']:.1f} s, peak {size_text(r['peak_rss_bytes'])}",
     )
 

@@ -204,7 +204,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
         payload = write_checkpoint(job, out, map_, files)
         assert predicted is None or payload == predicted, f"planned {predicted} bytes, wrote {payload}"
         difference = check(job, out, map_)
-        facts = {
+        facts: dict[str, Any] = {
             "out": str(out),
             "bytes_weights": payload,
             "predicted_bytes": payload if predicted is None else predicted,
@@ -405,16 +405,16 @@ def quantize_layers(
         say(f"quantize: {len(files) - len(todo)} of {len(files)} layers taken from {run.path}")
     notes: list[str] = []
     moments = layer_moments(job, calibration, {layer.layer for layer in todo}) if shown else {}
-    with progress(
-        f"quantize: {o.method}", sum(x.experts * np.prod(s) for x in todo for s in x.shapes.values()), "weights"
-    ) as p:
+    total = sum(x.experts * out * n for x in todo for out, n in x.shapes.values())
+    with progress(f"quantize: {o.method}", total, "weights") as p:
         for layer in todo:
             weights = read_layer(job.folder, job.spec, layer)
             seen = moments.pop(layer.layer, None)
             if seen is not None and seen.starved:
                 seen.fill_starved()
                 notes.append(
-                    f"layer {layer.layer}: no calibration token reached experts {seen.starved}; tuned on the layer's mean"
+                    f"layer {layer.layer}: no calibration token reached experts {seen.starved};"
+                    " tuned on the layer's mean"
                 )
             packed: dict[LinearId, dict[str, Any]] = {}
             for projection, w in weights.items():
@@ -432,7 +432,7 @@ def quantize_projection(
     by_format: dict[Format, list[int]] = {}
     for e in range(len(w_ENC)):
         by_format.setdefault(map_[LinearId(layer, e, projection)], []).append(e)
-    packed = {}
+    packed: dict[LinearId, dict[str, Any]] = {}
     for fmt, members in by_format.items():
         m = None if moments is None else moments.of(projection)[members]
         parts = method(w_ENC[members].float(), fmt, moments=m, seed=job.options.seed).pack()

@@ -17,7 +17,8 @@ them would cancel and could be dropped at no loss, so at most 2D - 2 moves are n
 shape D is 2. (The same exchange proves that integer programs have optima near their relaxation: Eisenbrand and
 Weismantel, "Proximity results and faster algorithms for integer programming using the Steinitz lemma", 2018.)
 
-Optimal means: up to rounding of r, some 1e-16 of the costs concerned. Ties: earlier items in the order above first.
+Optimal means: up to rounding of r, some 1e-16 of the costs concerned. The search has a limit, which many equal costs
+can meet where D is in the hundreds: the answer then comes with a gap, the sum of r, since no choice has a sum below 0.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq.alloc.hull import Bools, Edges, Floats, Ints, Items, less
+from mopeq.alloc.ways import FAR, Ways, least_ways
 
-WORK_LIMIT = 30_000_000  # sums kept over all items of a repair: 8 bytes each for the way back, some seconds
+WORK_LIMIT = 10_000_000  # sums kept over all items of a repair: 8 bytes each for the way back, some seconds
+NONE = (FAR, 0.0)  # beyond any cost
 
 
 class TooWide(Exception):
-    """The repair outgrew its limit. Not yet a user's error: another path may do."""
+    """The search outgrew its limit without an answer. Not yet a user's error: another path may do."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,26 @@ class Moves:
         return Moves(self.item_M[of], self.to_M[of], self.units_M[of], self.first_M[of], self.cost_M[of])
 
 
-def cheapest(items: Items, edges: Edges, k: int, work_limit: int = WORK_LIMIT) -> Ints | None:
-    """The format of each item [I] of least cost whose units sum to k; None if no choice does. Raises TooWide."""
+def cheapest(items: Items, edges: Edges, k: int, work_limit: int = WORK_LIMIT) -> tuple[Ints | None, float]:
+    """The format of each item [I] of least cost whose units sum to k (None if no choice's do), and the proven gap.
+
+    The gap is 0 unless the search was stopped at its limit; `first` is the least in any case. Raises TooWide if at the
+    limit no such choice was found.
+    """
     taken = int(np.searchsorted(edges.reach_J, k, side="right"))
     base_I = edges.start_I.copy()
     base_I[edges.item_J[:taken]] = edges.to_J[:taken]  # where an item is named repeatedly its last edge stands
     need = k - (int(edges.reach_J[taken - 1]) if taken else 0)
     if need == 0:
-        return base_I
+        return base_I, 0.0
     if need < 0 or taken == len(edges.item_J):
-        return None
-    made = _repair(_reduced(items, edges, base_I, taken), need, work_limit)
-    if made is None:
-        return None
-    for i, f in made:
-        base_I[i] = f
-    return base_I
+        return None, 0.0
+    repair = _repair(_reduced(items, edges, base_I, taken), need, work_limit)
+    if repair is None:
+        return None, 0.0
+    made, moves, gap = repair
+    base_I[moves.item_M[made]] = moves.to_M[made]
+    return base_I, gap
 
 
 def _reduced(items: Items, edges: Edges, base_I: Ints, edge: int) -> Moves:
@@ -86,26 +93,37 @@ def _reduced(items: Items, edges: Edges, base_I: Ints, edge: int) -> Moves:
     return Moves(item_M, to_M, d_M, first_M, cost_M)
 
 
-def _repair(moves: Moves, need: int, work_limit: int) -> list[tuple[int, int]] | None:
-    """The moves (item, format), at most one an item, of least reduced cost whose units sum to `need`; None if none do.
+def _repair(moves: Moves, need: int, work_limit: int) -> tuple[list[int], Moves, float] | None:
+    """The moves, at most one an item, of least reduced cost whose units sum to `need`, and the gap; None if none do.
 
-    A state is a sum of units with the cheapest way to it. One that lacks u units needs at least |u| / D further moves,
-    each no cheaper than the cheapest of the item at hand: states that this puts beyond the best answer are dropped.
+    A state is a sum of units with the cheapest way to it. From one that lacks u units it takes at least what `Ways`
+    says, and at least |u| / D moves no cheaper than those of the item at hand: states that either puts beyond the best
+    answer are dropped.
     """
     widest = int(np.abs(moves.units_M).max(initial=1))
     moves, begin_I = _core(moves, need, max(1, 2 * widest - 2))
+    ways = _ways(moves, need)
+    least = tuple(a.item() for a in ways.bound(np.zeros(1, np.int64)))
+    best, made = _follow(moves, ways, need)
+    best_at: tuple[int, int] | None = None
     units_S, first_S, cost_S = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
-    best: tuple[int, float] | None = None
-    best_at, work = (0, 0), 0
     trail: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []
+    work, gap = 0, 0.0
     for step, (a, b) in enumerate(pairwise(begin_I)):
         first, cost = int(moves.first_M[a]), float(moves.cost_M[a])  # the item's cheapest move
-        keep = np.arange(len(units_S))
-        if best is not None:
-            lacking_S = np.minimum(-(-np.abs(need - units_S) // widest), 1000)  # bounded against overflow
-            keep = keep[less(first_S + lacking_S * first, cost_S + lacking_S * cost, *best)]
-            if best <= (first, cost) or not len(keep):
-                break
+        lacking_S = np.minimum(-(-np.abs(need - units_S) // widest), 1000)  # bounded against overflow
+        first_ahead_S, cost_ahead_S = ways.bound(units_S)
+        keep = np.flatnonzero(
+            less(first_S + first_ahead_S, cost_S + cost_ahead_S, *best)
+            & less(first_S + lacking_S * first, cost_S + lacking_S * cost, *best)
+        )
+        if best <= max(least, (first, cost)) or not len(keep):
+            break
+        if work > work_limit:
+            if best[0] > least[0]:
+                raise TooWide
+            gap = best[1] - least[1]
+            break
         change = slice(a, b)  # row 0 below stands for leaving the item alone, row n for its nth move
         units = np.concatenate([[0], moves.units_M[change]])[:, None] + units_S[keep]
         firsts = np.concatenate([[0], moves.first_M[change]])[:, None] + first_S[keep]
@@ -115,22 +133,49 @@ def _repair(moves: Moves, need: int, work_limit: int) -> list[tuple[int, int]] |
         row, column = np.divmod(chosen, len(keep))
         trail.append((keep[column].astype(np.int32), np.where(row > 0, a + row - 1, -1).astype(np.int32)))
         work += len(units_S)
-        if work > work_limit:
-            raise TooWide
         at = int(np.searchsorted(units_S, need))
-        if at < len(units_S) and units_S[at] == need:
-            found = int(first_S[at]), float(cost_S[at])
-            if best is None or found < best:
-                best, best_at = found, (step, at)
-    if best is None:
-        return None
-    step, at = best_at
+        if at < len(units_S) and units_S[at] == need and (int(first_S[at]), float(cost_S[at])) < best:
+            best, best_at = (int(first_S[at]), float(cost_S[at])), (step, at)
+    if best_at is not None:
+        made = _way_back(trail, *best_at)
+    return (made, moves, gap) if best < NONE else None
+
+
+def _way_back(trail: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]], step: int, at: int) -> list[int]:
+    """The moves that led to a state, by its parents."""
     made = []
     for parent_S, move_S in reversed(trail[: step + 1]):
-        if (m := int(move_S[at])) >= 0:
-            made.append((int(moves.item_M[m]), int(moves.to_M[m])))
+        if move_S[at] >= 0:
+            made.append(int(move_S[at]))
         at = int(parent_S[at])
     return made
+
+
+def _ways(moves: Moves, need: int) -> Ways:
+    """The lower bound from the cheapest move of each change."""
+    order = np.lexsort((moves.cost_M, moves.first_M, moves.units_M))
+    one = moves.part(order[np.diff(moves.units_M[order], prepend=moves.units_M[order[:1]] - 1) != 0])
+    return least_ways(one.units_M, one.first_M, one.cost_M, need)
+
+
+def _follow(moves: Moves, ways: Ways, need: int) -> tuple[tuple[int, float], list[int]]:
+    """The least way made with real moves, for each change the cheapest of an item not yet moved; NONE if they run out.
+
+    Summed from the end, as `least_ways` does: where all moves of a change cost the same, the two sums are the same.
+    """
+    path, used, made = ways.path(0, need), set(), []
+    order = np.lexsort((moves.cost_M, moves.first_M))
+    queues = {d: iter(order[moves.units_M[order] == d].tolist()) for d in set(path)}
+    for d in path:
+        m = next((m for m in queues[d] if int(moves.item_M[m]) not in used), None)
+        if m is None:
+            return NONE, []
+        used.add(int(moves.item_M[m]))
+        made.append(m)
+    first, cost = 0, 0.0
+    for m in reversed(made):
+        first, cost = first + int(moves.first_M[m]), cost + float(moves.cost_M[m])
+    return ((first, cost), made) if made else (NONE, [])
 
 
 def _core(moves: Moves, need: int, most: int) -> tuple[Moves, list[int]]:
@@ -138,6 +183,8 @@ def _core(moves: Moves, need: int, most: int) -> tuple[Moves, list[int]]:
 
     Those are the `most` cheapest of each change of units (formats of an item all differ in units, so these are of as
     many items), and if a single move makes up `need`, only those cheaper than the cheapest such move, and that one.
+    Of equally cheap moves the first of every change come before the second of any: where all cost the same, a small
+    assortment makes up `need` sooner than hundreds alike.
     """
     order = np.lexsort((moves.item_M, moves.cost_M, moves.first_M))
     if len(single := order[moves.units_M[order] == need]):

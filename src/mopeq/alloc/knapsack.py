@@ -96,11 +96,17 @@ def _spend(items: Items, need: int, two_levels: bool) -> tuple[Ints | None, floa
     """The cheapest choice of `need` units and its gap: all shapes together, or if that grows too wide, by shares."""
     edges = hull_edges(items)
     if two_levels or not 1 < len(parts := by_step(items)) <= MOST_PARTS:
-        return cheapest(items, edges, need), 0.0
+        return cheapest(items, edges, need)
     try:
-        return cheapest(items, edges, need, FIRST_TRY), 0.0
+        choice_I, gap = cheapest(items, edges, need, FIRST_TRY)
     except TooWide:
         return cheapest_split(items, parts, need)
+    if gap > 0:
+        try:
+            return cheapest_split(items, parts, need)
+        except TooWide:
+            pass
+    return choice_I, gap
 
 
 def _check(cost_IF: Floats, weight_IF: Ints) -> None:

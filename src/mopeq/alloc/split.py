@@ -10,6 +10,7 @@ a limit on the excess: every sharing within the limit is listed, so the best wit
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +42,14 @@ class Bound:
     floor: float
     excess_K: Floats
 
-    def evaluate(self, k: int) -> float:
-        """The exact excess of spending k steps; inf where no choice does."""
-        choice_I = cheapest(self.part.items, self.edges, k)
+    def evaluate(self, k: int) -> tuple[float, float]:
+        """The excess of spending k steps at least cost, inf where no choice does, and its gap."""
+        choice_I, gap = cheapest(self.part.items, self.edges, k)
         if choice_I is None:
-            return math.inf
+            return math.inf, 0.0
         rows = np.arange(len(choice_I))
         cost_I = self.part.items.cost_IF[rows, choice_I] - self.part.items.cost_IF[rows, self.edges.start_I]
-        return math.fsum([*cost_I.tolist(), self.multiplier * k, -self.floor])
+        return math.fsum([*cost_I.tolist(), self.multiplier * k, -self.floor]), gap
 
 
 def by_step(items: Items) -> list[Part]:
@@ -65,47 +66,60 @@ def by_step(items: Items) -> list[Part]:
 
 
 def cheapest_split(items: Items, parts: list[Part], need: int) -> tuple[Ints | None, float]:
-    """The cheapest choice of `need` units and its proven gap, for one level of cost; (None, 0) if there is none."""
+    """The cheapest choice of `need` units and its proven gap, for one level of cost; (None, 0) if there is none.
+
+    Raises TooWide where the limits leave neither an answer nor the proof that there is none.
+    """
     bounds = _bounds(items, parts, need)
     if bounds is None:
         return None, 0.0
-    known: dict[tuple[int, int], float] = {}
-    best, best_ks = math.inf, ()
-    limit, everything = _first_limit(bounds), sum(float(b.excess_K.max()) for b in bounds)
-    gap, done = 0.0, 0.0
-    while True:
-        sharings = _sharings(bounds, need, limit)
-        if sharings is None:  # too many to list: what lies within `done` is proven
-            gap = best - done
-            break
-        ks_SP, excess_S = sharings
-        for s in np.argsort(excess_S, kind="stable"):
-            if excess_S[s] >= best:
-                break
-            if len(known) >= MOST_TRIALS:
-                gap = best - max(done, float(excess_S[s]))
-                break
-            ks = tuple(ks_SP[s].tolist())
-            for p, k in enumerate(ks):
-                if (p, k) not in known:
-                    known[p, k] = bounds[p].evaluate(k)
-            total = math.fsum(known[p, k] for p, k in enumerate(ks))
-            if total < best:
-                best, best_ks = total, ks
-        done = limit
-        if gap > 0 or best <= limit or limit >= everything:
-            break
-        limit *= 4
-    if best == math.inf:
-        if gap > 0:
-            raise TooWide
+    best_ks, gap = _search(bounds, need)
+    if best_ks is None:
         return None, 0.0
     choice_I = np.zeros(len(items.units_IF), dtype=np.int64)
     for bound, k in zip(bounds, best_ks, strict=True):
-        choice = cheapest(bound.part.items, bound.edges, k)
+        choice, _ = cheapest(bound.part.items, bound.edges, k)
         assert choice is not None
         choice_I[bound.part.of_I] = choice
-    return choice_I, max(gap, 0.0)
+    return choice_I, gap
+
+
+def _search(bounds: list[Bound], need: int) -> tuple[tuple[int, ...] | None, float]:
+    """The best sharing (k of each part; None if there is none) and its gap."""
+    known: dict[tuple[int, int], tuple[float, float]] = {}
+    best, best_ks, proven = math.inf, None, math.inf  # no sharing costs less than `proven`
+    for ks, bound in _by_rising_bound(bounds, need):
+        if bound >= best:
+            break
+        if ks is None or len(known) >= MOST_TRIALS:
+            proven = min(proven, bound)
+            break
+        for p, k in enumerate(ks):
+            if (p, k) not in known:
+                known[p, k] = bounds[p].evaluate(k)
+        total, gap = (math.fsum(known[p, k][n] for p, k in enumerate(ks)) for n in (0, 1))
+        proven = min(proven, total - gap)
+        if total < best:
+            best, best_ks = total, ks
+    if best_ks is None and proven < math.inf:
+        raise TooWide
+    return best_ks, 0.0 if best_ks is None else best - min(best, proven)
+
+
+def _by_rising_bound(bounds: list[Bound], need: int) -> Iterator[tuple[tuple[int, ...] | None, float]]:
+    """All sharings of `need` and their bounds, lowest bound first; None in place of those too many to list."""
+    done, limit = -1.0, _first_limit(bounds)
+    everything = math.fsum(float(b.excess_K.max()) for b in bounds)
+    while done <= everything:
+        listed = _sharings(bounds, need, limit)
+        if listed is None:
+            yield None, max(done, 0.0)
+            return
+        ks_SP, excess_S = listed
+        for s in np.argsort(excess_S, kind="stable"):
+            if excess_S[s] > done:
+                yield tuple(ks_SP[s].tolist()), float(excess_S[s])
+        done, limit = limit, 4 * limit
 
 
 def _bounds(items: Items, parts: list[Part], need: int) -> list[Bound] | None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import Batch, encode, max_positions, modality_mask, windows
+from mopeq.data.encode import Batch, encode, image_positions, max_positions, windows
+from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item, builtin, read
 from mopeq.errors import BadInput
@@ -49,7 +50,7 @@ def calibrate_with(folder: Path, config: Any, paths: Sequence[str | Path], token
     order.shuffle(texts)
     order.shuffle(asked)
     for_text = tokens if not asked else (0 if not texts else tokens // 2)
-    shown = [*text_batches(texts, processor, config, for_text), *asked_batches(asked, processor, config, tokens - for_text)]
+    shown = [*text_batches(texts, processor, config, for_text), *joined(asked_batches(asked, processor, config, tokens - for_text))]
     if not shown:
         raise BadInput("the calibration data holds no tokens", "give a --calib file with text or questions")
     count = sum(batch["input_ids"].numel() for batch in shown)
@@ -71,14 +72,14 @@ def text_batches(items: list[Item], processor: Any, config: Any, tokens: int) ->
 
 
 def asked_batches(items: list[Item], processor: Any, config: Any, tokens: int) -> Iterator[Batch]:
-    """Conversations with their answers, one at a time, up to `tokens` tokens."""
+    """Conversations with their answers, one a row, up to `tokens` tokens."""
     shown = 0
     for item in items:
         if shown >= tokens:
             return
         batch = encode(item, processor)
         shown += batch["input_ids"].numel()
-        yield batch | {"image_mask": modality_mask(batch["input_ids"], config)} if item.images else batch
+        yield batch | {"image_mask": image_positions(batch, config)} if item.images else batch
 
 
 def digest(batches: Sequence[Batch]) -> str:

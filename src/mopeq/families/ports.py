@@ -1,4 +1,4 @@
-"""What the native ports share: loading that fails where transformers only warns, refusals, and reading a picture."""
+"""What the native ports share, without torch: refusals, pictures, chat messages, processor files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from transformers import PreTrainedModel
+from PIL import Image
 from transformers.utils import cached_file
 
 from mopeq.errors import BadInput
@@ -32,21 +31,6 @@ def need(config: Any, wanted: dict[str, tuple], what: str) -> None:
             )
 
 
-class FatalMissingKeys(PreTrainedModel):
-    """A model whose `from_pretrained` refuses a checkpoint that lacks a tensor, instead of inventing it at random."""
-
-    @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
-        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise BadInput(
-                f"{folder}: the checkpoint lacks {len(missing)} tensors of the model, {missing[0]} first",
-                "is a shard absent, or do config.json and weights belong to different checkpoints?",
-            )
-        return (model, info) if output_loading_info else model
-
-
 def processor_files(folder: Any, kwargs: dict[str, Any], *names: str) -> list[dict[str, Any]]:
     """The JSON files of a folder (or hub id) by name, {} for each that is absent. BadInput without a tokenizer."""
     hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
@@ -66,14 +50,13 @@ def read_picture(picture: Any) -> Image.Image:
     """
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture.astype(np.uint8))
-    elif isinstance(picture, (str, Path)):
-        try:
-            picture = Image.open(picture)
-        except (OSError, UnidentifiedImageError) as error:
-            raise BadInput(f"{picture} is no readable picture", "give a PNG, JPEG or WebP file") from error
-    if not isinstance(picture, Image.Image):
+    if not isinstance(picture, (str, Path, Image.Image)):
         raise BadInput(f"a {type(picture).__name__} is no picture", "give a path, a PIL image or an array")
-    return picture.convert("RGB")
+    try:
+        opened = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        return opened.convert("RGB")
+    except OSError as error:  # Pillow's own errors are OSErrors, a truncated file's among them
+        raise BadInput(f"{picture} is no readable picture", "give a PNG, JPEG or WebP file") from error
 
 
 def flat(pictures: Any) -> list[Any]:

@@ -24,9 +24,9 @@ def read_spec(checkpoint: Checkpoint) -> MoESpec:
     refuse_quantized(config)
     model_type, family = find_family(config, checkpoint.tensors)
     tensors = dict(checkpoint.tensors)
-    if tied(config):  # a copy of the tied matrix is no second matrix
-        if any(name.endswith("embed_tokens.weight") for name in tensors):
-            tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
+    if tied(config) and any(name.endswith("embed_tokens.weight") for name in tensors):
+        # a copy of the tied matrix is no second matrix
+        tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
     layers = per_expert_layers(tensors) if family.per_expert else stacked_layers(tensors, family, hidden_size(config))
     if not layers:
         raise BadInput(
@@ -56,8 +56,8 @@ def find_family(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise BadInput("config.json has no model_type", "MODEL must be a checkpoint transformers knows")
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    names = [model_type, str(text.get("model_type", ""))]
+    text = config.get("text_config")
+    names = [model_type, str(text.get("model_type", "")) if isinstance(text, dict) else ""]
     for name in (*names, *(n.removesuffix("_text") for n in names)):
         if name in FAMILIES:
             return name, FAMILIES[name]

@@ -37,7 +37,7 @@ def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Ten
     # put back in the tokens' order and summed there: the same sum whatever the batch, unlike atomic adds
     out = y_SH.new_zeros(tokens * k, y_SH.shape[-1])
     out[order_S] = y_SH
-    return out.view(tokens, k, -1).sum(1).to(x_TH.dtype)
+    return out.view(tokens, k, out.shape[1]).sum(1).to(x_TH.dtype)
 
 
 def grouped_linear(experts: Any, p: str, x_SN: Tensor, ids_S: Tensor, spans: dict[int, tuple[int, int]]) -> Tensor:

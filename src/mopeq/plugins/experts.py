@@ -43,7 +43,8 @@ def check_loaded(module: nn.Module, fmt: Format, shape: tuple[int, int], what: s
         value = getattr(module, suffix)
         if value.is_meta or tuple(value.shape) != expected or value.dtype != TORCH[dtype]:
             raise MopeqError(
-                f"{what}: {suffix} came as {value.dtype} {list(value.shape)} on {value.device}, not {dtype} {list(expected)}",
+                f"{what}: {suffix} came as {value.dtype} {list(value.shape)} on {value.device},"
+                f" not {dtype} {list(expected)}",
                 "the checkpoint is damaged, or this version of transformers loads it differently",
             )
 
@@ -192,15 +193,24 @@ class QuantizedExperts(nn.Module):
 class PackedMatrix(nn.Module):
     """What PackedLinear and PackedEmbedding share: one matrix [out, in] in a format, dequantized in row chunks."""
 
+    qweight_: Tensor
+    scales_: Tensor
+    zeros_: Tensor
+    like_: Tensor  # empty; casts move its dtype, which is what the matrix answers in
+
     def __init__(self, fmt: Format, original: nn.Linear | nn.Embedding):
         super().__init__()
         out_features, in_features = original.weight.shape
         self.format, self.out_features, self.in_features = fmt, out_features, in_features
-        self.dtype = original.weight.dtype
+        self.register_buffer("like_", original.weight.new_empty(0, device="cpu"), persistent=False)
         for suffix, (dtype, shape) in fmt.shapes(out_features, in_features).items():
             empty = torch.empty(shape, dtype=TORCH[dtype], device="meta")
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
         self.sealed = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like_.dtype
 
     @property
     def weight(self) -> Tensor:

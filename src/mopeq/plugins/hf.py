@@ -73,7 +73,7 @@ class MopeqQuantizer(HfQuantizer):
     quantization_config: MopeqConfig
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
-        folder, names = read_folder(checkpoint_files)
+        names = read_folder(checkpoint_files)
         formats = self.quantization_config.formats
         found = experts_modules(model)
         prefixes = match_names(list(formats), [name for name, _ in found])
@@ -120,9 +120,10 @@ class MopeqQuantizer(HfQuantizer):
         if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear) and tied:
             name = next(n for n, m in model.named_modules() if m is head)
             replace(model, name, TiedLinear(embedding))
-            for keys in (tied, getattr(model, "_tied_weights_keys", None)):
+            for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):  # the latter is the class's: not in place
+                keys = getattr(model, attribute, None)
                 if isinstance(keys, dict):
-                    keys.pop(f"{name}.weight", None)
+                    setattr(model, attribute, {k: v for k, v in keys.items() if k != f"{name}.weight"})
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Leave out what would fuse experts: packed ones are stored and held under the same names."""
@@ -152,8 +153,8 @@ class MopeqQuantizer(HfQuantizer):
         return False
 
 
-def read_folder(checkpoint_files: Any) -> tuple[Path, set[str]]:
-    """The folder the shards lie in and their tensors' names; BadInput unless it is whole by its manifest."""
+def read_folder(checkpoint_files: Any) -> set[str]:
+    """The names of the shards' tensors; BadInput unless their folder is whole by its manifest."""
     if not checkpoint_files:
         raise BadInput("a mopeq checkpoint loads from its folder only", "give from_pretrained the folder's path")
     folder = Path(checkpoint_files[0]).parent
@@ -162,7 +163,7 @@ def read_folder(checkpoint_files: Any) -> tuple[Path, set[str]]:
     for file in checkpoint_files:
         names |= read_header(Path(file))[0].keys()
     check_experts(folder, read_map(folder), names)
-    return folder, names
+    return names
 
 
 def projection_shapes(module: Any) -> dict[str, tuple[int, int]]:

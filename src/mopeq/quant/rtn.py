@@ -13,12 +13,21 @@ from mopeq.nouns import Format
 from mopeq.tensors import QWeight, per_input
 
 SMALLEST = 2.0**-24  # fp16's smallest positive number: the scale of a group that is all zeros
+NORMAL = 2.0**-14  # below this fp16's steps no longer shrink with the number
 LARGEST = 65504.0  # fp16's largest
 
 
 def grouped(w: Tensor, group_size: int) -> Tensor:
     """[..., in] -> [..., groups, group_size]; a short last group is filled with zeros, which every range includes."""
     return pad(w, (0, -w.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """Scales as fp16 holds them (float32 here): the nearest, but the next above where fp16 is subnormal.
+
+    There its steps are so coarse that rounding down would cut a group's range short by up to a third.
+    """
+    return torch.where(scale < NORMAL, (scale / SMALLEST).ceil().clamp_min(1) * SMALLEST, scale.half().float())
 
 
 def scale_and_zero(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -37,7 +46,7 @@ def scale_and_zero(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tens
             f"a weight range of {float(scale.max()) * fmt.max_code:.3g} needs a scale beyond fp16",
             "the checkpoint holds outliers no fp16 scale can express; it is probably damaged",
         )
-    scale = scale.clamp_min(SMALLEST).half().clamp_min(SMALLEST).float()
+    scale = stored_scale(scale)
     if fmt.scheme == "s":
         return scale, torch.full_like(scale, 2.0 ** (fmt.bits - 1))
     return scale, (-low / scale).round().clamp(0, fmt.max_code)

@@ -1,11 +1,14 @@
 """SignRound (arXiv 2309.05516): rounding offsets and clipping learned by signed gradient descent.
 
-    codes = clip(round(W / s + V) + z, 0, 2^b - 1),   s = (hi * max(W) - lo * min(W)) / (2^b - 1)
+    codes = clip(round(W / s + V) + z, 0, c),   s = (hi * max(W) - lo * min(W)) / c,   z = round(-lo * min(W) / s)
 
-with V in [-1/2, 1/2] a weight and lo, hi in [0, 1] a group, all moved by the sign of their gradient with a rate that
-falls linearly. The loss is the squared error of the outputs on the expert's own routed inputs,
+with c = 2^b - 1, V in [-1/2, 1/2] a weight and lo, hi in [0, 1] a group, all moved by the sign of their gradient with
+a rate that falls linearly. The loss is the squared error of the outputs on the expert's own routed inputs,
 |dW X|^2 = tr(dW M dW^T) with M = X X^T: the second moments hold all that the inputs say, so a step costs no tokens.
 The best point seen is kept; the first is round-to-nearest, so the result is never worse than it on these inputs.
+
+Rounding passes gradients straight through, which leaves so little calculus that it is written out here (with `in`
+marking codes that were not clipped): dq/dV = s in, dq/ds = q/s - in W/s, dq/dz = -s (1 - in).
 """
 
 from __future__ import annotations
@@ -14,81 +17,78 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mopeq.nouns import Format
 from mopeq.quant.rtn import LARGEST, SMALLEST, grouped
 from mopeq.quant.rtn import quantize as round_to_nearest
-from mopeq.tensors import QWeight, per_input
+from mopeq.tensors import QWeight
 
 STEPS = 200
-RATE = 1.0 / STEPS
-CHUNK = 1 << 24  # weights tuned at a time
-
-
-def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
-    """The rounded value, with the exact value's gradient."""
-    return exact + (rounded - exact).detach()
+CHUNK = 1 << 20  # weights tuned at a time: small enough for the caches
 
 
 def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, steps: int = STEPS, **_: Any) -> QWeight:
     """Matrices [E, out, in] with their inputs' second moments [E, in, in]; without moments, round to nearest."""
     if moments is None:
         return round_to_nearest(w, fmt)
-    size = max(1, CHUNK // (w.shape[1] * w.shape[2]))
+    size = max(1, CHUNK // (w.shape[1] * w.shape[2])) if w.device.type == "cpu" else len(w)
     parts = [tune(w[a : a + size].float(), fmt, moments[a : a + size], steps) for a in range(0, len(w), size)]
     zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts if q.zeros is not None])
     return QWeight(torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]), zeros, fmt)
 
 
 def tune(w: Tensor, fmt: Format, moments: Tensor, steps: int) -> QWeight:
-    """SignRound of a batch of matrices that all have inputs (an all-zero M leaves its matrix at round-to-nearest)."""
-    best = round_to_nearest(w, fmt)  # also refuses scales beyond fp16
-    n = w.shape[-1]
-    m = moments.to(w.dtype)
-    groups = grouped(w, fmt.group_size)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    offset = torch.zeros_like(w, requires_grad=True)
-    lo = torch.ones_like(low, requires_grad=True)
-    hi = torch.ones_like(high, requires_grad=True)
-    codes, scales = best.codes.clone(), best.scales.clone()
-    zeros = None if best.zeros is None else best.zeros.clone()
+    """SignRound of a batch of matrices (one whose moments are all zero stays at round-to-nearest)."""
+    n, symmetric = w.shape[-1], fmt.scheme == "s"
+    start = round_to_nearest(w, fmt)  # also refuses scales beyond fp16
+    m = pad(moments.to(w.dtype), (0, -n % fmt.group_size, 0, -n % fmt.group_size))  # padded inputs are always zero
+    x = grouped(w, fmt.group_size)  # [E, out, G, g]; everything below keeps this shape
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    offset, lo, hi = torch.zeros_like(x), torch.ones_like(low), torch.ones_like(high)
+    codes = pad(start.codes, (0, -n % fmt.group_size)).unflatten(-1, (-1, fmt.group_size)).clone()
+    scales = start.scales.float().unsqueeze(-1).clone()
+    zeros = torch.full_like(scales, 2.0 ** (fmt.bits - 1)) if symmetric else start.zeros.float().unsqueeze(-1).clone()  # type: ignore[union-attr]
     least_E = torch.full((len(w),), float("inf"), dtype=w.dtype, device=w.device)
     for step in range(steps + 1):
-        scale, zero = tuned_scale_and_zero(low * lo, high * hi, fmt)
-        s, z = per_input(scale, fmt.group_size, n), per_input(zero, fmt.group_size, n)
-        steps_ = w / s + offset
-        code = (straight_through(steps_, steps_.round()) + z).clamp(0, fmt.max_code)
-        q = (code - z) * s
-        error = (q - w).detach()
-        pull = error @ m
-        loss_E = (error * pull).sum((1, 2))
+        s, z, ds_lo, ds_hi, dz_lo, dz_hi = scale_and_slopes(low, high, lo, hi, fmt)
+        raw = (x / s).add_(offset).round_().add_(z)
+        code = raw.clamp(0, fmt.max_code)
+        inside = raw.eq_(code)  # 1 where not clipped
+        q = (code - z).mul_(s)
+        error = q - x
+        pull = torch.bmm(error.flatten(2), m).unflatten(-1, x.shape[-2:])  # half the loss's gradient for q
+        loss_E = (error * pull).flatten(1).sum(1)
         better = loss_E < least_E
         if bool(better.any()):
             least_E = torch.where(better, loss_E, least_E)
-            codes[better], scales[better] = code.detach()[better].round().to(torch.uint8), scale.detach()[better].half()
-            if zeros is not None:
-                zeros[better] = zero.detach()[better].to(torch.uint8)
+            codes[better], scales[better], zeros[better] = code[better].to(torch.uint8), s[better], z[better]
         if step == steps:
             break
-        for tensor, gradient in zip((offset, lo, hi), torch.autograd.grad(q, (offset, lo, hi), 2 * pull), strict=True):
-            with torch.no_grad():
-                tensor -= RATE * (STEPS / steps) * (1 - step / steps) * gradient.sign()
-        with torch.no_grad():
-            offset.clamp_(-0.5, 0.5)
-            lo.clamp_(0, 1)
-            hi.clamp_(0, 1)
-    return QWeight(codes, scales, zeros, fmt)
+        by_s = (pull * (q - inside * x)).sum(-1, keepdim=True) / s
+        by_z = (pull * (inside - 1)).sum(-1, keepdim=True) * s
+        rate = (1 - step / steps) / steps
+        offset.sub_(rate * (pull * inside).sign_()).clamp_(-0.5, 0.5)
+        lo.sub_(rate * (by_s * ds_lo + by_z * dz_lo).sign_()).clamp_(0, 1)
+        hi.sub_(rate * (by_s * ds_hi + by_z * dz_hi).sign_()).clamp_(0, 1)
+    codes = codes.flatten(-2)[..., :n].contiguous()
+    zero_codes = None if symmetric else zeros.squeeze(-1).to(torch.uint8)
+    return QWeight(codes, scales.squeeze(-1).half(), zero_codes, fmt)
 
 
-def tuned_scale_and_zero(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """As rtn.scale_and_zero, differentiable: the stored (fp16, integer) values with the exact ones' gradients."""
+def scale_and_slopes(low: Tensor, high: Tensor, lo: Tensor, hi: Tensor, fmt: Format) -> tuple[Tensor, ...]:
+    """Stored scale and zero point of clipped groups, then ds/dlo, ds/dhi, dz/dlo, dz/dhi of the exact ones."""
+    nothing = torch.zeros_like(low)
     if fmt.scheme == "s":
-        scale = torch.maximum(-low / 2 ** (fmt.bits - 1), high / max(2 ** (fmt.bits - 1) - 1, 1))
-    else:
-        scale = (high - low) / fmt.max_code
-    scale = scale.clamp(SMALLEST, LARGEST)
-    scale = straight_through(scale, scale.half().float().clamp_min(SMALLEST))
-    if fmt.scheme == "s":
-        return scale, torch.full_like(scale, 2.0 ** (fmt.bits - 1))
-    zero = -low / scale
-    return scale, straight_through(zero, zero.round().clamp(0, fmt.max_code))
+        below, above = -low / 2 ** (fmt.bits - 1), high / max(2 ** (fmt.bits - 1) - 1, 1)
+        exact = torch.maximum(lo * below, hi * above)
+        s = exact.clamp(SMALLEST, LARGEST).half().float().clamp_min(SMALLEST)
+        rules = lo * below >= hi * above
+        zero = torch.full_like(s, 2.0 ** (fmt.bits - 1))
+        return s, zero, torch.where(rules, below, nothing), torch.where(rules, nothing, above), nothing, nothing
+    exact = ((hi * high - lo * low) / fmt.max_code).clamp(SMALLEST, LARGEST)
+    s = exact.half().float().clamp_min(SMALLEST)
+    z = (-lo * low / s).round().clamp(0, fmt.max_code)
+    ds_lo, ds_hi = -low / fmt.max_code, high / fmt.max_code
+    turn = lo * low / s**2
+    return s, z, ds_lo, ds_hi, -low / s + turn * ds_lo, turn * ds_hi

@@ -44,7 +44,7 @@ class Counts:
             chosen = index_TK[mask_T.to(index_TK.device)[:, None] & inside_TK]
             self.tokens[name][row] += torch.bincount(chosen, minlength=self.experts).cpu()
         counted = (self.masks["text"] | self.masks["image"]).to(index_TK.device)[:, None] & inside_TK
-        weights = torch.bincount(index_TK[counted], weight_TK[counted].double(), minlength=self.experts)
+        weights = torch.bincount(index_TK[counted], weight_TK[counted].detach().double(), minlength=self.experts)
         self.gate_weight[row] += weights.cpu()
         return plain_forward(module, x_TH, index_TK, weight_TK)
 

@@ -45,7 +45,7 @@ def from_scores(
     """One score a linear -> costs by the usual decline of rounding noise, score * 4^-bits (DESIGN §5)."""
     from mopeq.alloc.baselines import costs_from_scores
 
-    cost_IF = costs_from_scores(score_I, np.array([f.bits for f in scene.formats]))
+    cost_IF = costs_from_scores(score_I, [f.bits for f in scene.formats])
     return Sensitivity(
         method,
         tuple(i for i, _ in scene.spec.linears),

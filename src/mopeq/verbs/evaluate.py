@@ -11,6 +11,7 @@ import torch
 
 from mopeq.checkpoint import find_folder
 from mopeq.data.encode import Batch, batches
+from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor
 from mopeq.data.readers import Item, builtin, read
 from mopeq.errors import BadInput
@@ -18,7 +19,7 @@ from mopeq.evaluate.compare import compare
 from mopeq.evaluate.generate import answerer
 from mopeq.evaluate.tasks import run_tasks, task_places
 from mopeq.models import load_model, pick_device
-from mopeq.packed import MANIFEST, write_atomic
+from mopeq.packed import MANIFEST, json_bytes, write_atomic
 from mopeq.progress import progress, say
 
 
@@ -75,7 +76,7 @@ def rows(
     texts = [item for item in items if item.text is not None]
     others = [item for item in items if item.text is None and item.answer is None]
     text_rows = list(batches(texts, processor, config, window))[:limit]
-    return [*text_rows, *batches([*others, *asked], processor, config, window)]
+    return list(joined([*text_rows, *batches([*others, *asked], processor, config, window)]))
 
 
 def measure(shown: list[Batch], packed: Any, original: Any) -> dict[str, Any]:
@@ -108,3 +109,8 @@ def answer_tasks(asked: list[Item], model: Any, processor: Any, save: str | Path
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_atomic(Path(save), ("\n".join(lines) + "\n").encode())
     return found
+
+
+def save_beside(out: Path, result: dict[str, Any]) -> None:
+    """Keep a measurement in the run directory of a checkpoint, where the report looks for it."""
+    write_atomic(out / ".mopeq" / "eval.json", json_bytes(result))

@@ -24,8 +24,9 @@ def show(
     """The map as JSON (to_json's fields, so that it serves as `--map`), with bytes where it was solved again and the
     differences where it was compared."""
     path = Path(run_or_out)
+    extra: dict[str, Any] = {}
     if avg_bits is None and fit is None:
-        map_, extra = load_map(path), {}
+        map_ = load_map(path)
     else:
         map_, extra = solve_again(path, avg_bits, fit)
     if against is not None:
@@ -74,7 +75,8 @@ def job_of(facts: dict[str, Any], avg_bits: float | None, fit: str | int | None)
     """The job a checkpoint was made by, with another budget."""
     known = {f.name for f in fields(Options)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["options"].items() if k in known}
-    options = Options(**(given | {"avg_bits": avg_bits, "fit": fit, "map": None}))
+    changed: dict[str, Any] = given | {"avg_bits": avg_bits, "fit": fit, "map": None}
+    options = Options(**changed)
     job = open_job(facts["source"], options)
     if job.spec.digest != facts["source_digest"]:
         raise BadInput(f"{facts['source']} changed since the checkpoint was made", "quantize again")

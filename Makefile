@@ -1,0 +1,59 @@
+# The words of this repository; CI says the same ones. Each sets up .venv first if it is missing or out of date.
+#
+#   make test      check, then every test but the slow ones
+#   make demo      the whole line on the embedded model, then the report
+#   make check     ruff, formatting, types
+#   make fault     wrong input, damage and interruption      make e2e    every command on tiny models
+#   make ci-full   check and all tests, the slow ones too    make bench  timings, never part of a test
+#   make docs      the README's tables again from the code   make clean  caches and build products away
+#
+# PYTHON=python3.12 chooses another interpreter, VENV=path another place, ARGS='-k kmeans' goes to pytest.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.mopeq-ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+
+export HF_HUB_OFFLINE = 1
+
+.PHONY: check test demo ci-full fault e2e bench docs clean
+
+test: check
+	$(BIN)/python -m pytest -m "not slow" $(ARGS) tests
+
+ci-full: check
+	$(BIN)/python -m pytest $(ARGS) tests
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fault e2e: $(READY)
+	$(BIN)/python -m pytest $(ARGS) tests/$@
+
+demo: $(READY)
+	$(BIN)/mopeq demo
+
+bench: $(READY)
+	for file in bench/*.py; do echo "# $$file"; $(BIN)/python $$file || exit 1; done
+
+docs: $(READY)
+	$(BIN)/python tools/tables_to_docs.py
+
+# Made last, so that an interrupted set-up is done again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mopeq needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "setting up $(VENV) (once; a few minutes where torch has to be fetched)"
+	@began=$$(date +%s) \
+	&& $(PYTHON) -m venv $(VENV) \
+	&& $(PIP) install -c constraints.txt setuptools \
+	&& $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]' \
+	&& echo "set up in $$(( $$(date +%s) - began )) s"
+	@touch $@
+
+clean:
+	rm -rf build dist demo-out src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests tools bench -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,217 @@
+"""KL(original || packed), perplexity and top-1 agreement, streamed: no log-probability outlives its batch.
+
+    for batch: original(batch), packed(batch) -> logits [B, T, V] -> per position: KL, next-token loss, first choice
+
+Text and pictures are kept apart. In a row without pictures every position counts. In a row with pictures the
+positions that predict the answer count; if it has no answer, those that hold text. Positions under a zero of
+`attention_mask` never count. Numbers are float32 on the CPU, summed in float64; KL is in nats.
+What is left out: which expert did it. That is `sense`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopeq.data.encode import Batch, model_inputs
+from mopeq.errors import MopeqError
+
+Logits = Callable[[Batch], Tensor]
+CHUNK_ELEMENTS = 2**23  # logits turned to float32 at a time: 32 MiB, a few such temporaries live at once
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was measured over some positions. KL in nats per position; None where it was not measured.
+
+    kl_ci95: normal interval of the mean over rows (windows, items), weighted by their positions, since positions of
+      one row are not independent; None with fewer than two rows.
+    ppl: of the packed model, next tokens inside their row; ppl_against: of the original
+    top1_agreement: share of positions where both models' first choice is the same
+    tokens: positions counted; predicted: next tokens in ppl; rows: windows or items
+    """
+
+    kl: float | None
+    kl_median: float | None
+    kl_p99: float | None
+    kl_max: float | None
+    kl_ci95: tuple[float, float] | None
+    ppl: float | None
+    ppl_against: float | None
+    top1_agreement: float | None
+    tokens: int
+    predicted: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole, and its parts by modality: "text" and "image" (absent where there was none)."""
+
+    all: Part
+    by_modality: dict[str, Part]
+
+    def __getattr__(self, name: str) -> Any:
+        """`comparison.kl` is `comparison.all.kl`."""
+        if name in Part.__dataclass_fields__:
+            return getattr(self.all, name)
+        raise AttributeError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self.all) | {"by_modality": {name: asdict(part) for name, part in self.by_modality.items()}}
+
+
+@dataclass
+class _Sums:
+    """Running sums of one modality; KL is kept per position as 4 bytes, for the quantiles."""
+
+    kl: list[Tensor] = field(default_factory=list)
+    row_sums: list[tuple[float, int]] = field(default_factory=list)  # KL of a row's positions, and how many
+    nll: float = 0.0
+    nll_against: float = 0.0
+    same: int = 0
+    tokens: int = 0
+    predicted: int = 0
+    rows: int = 0
+
+
+def compare(batches: Iterable[Batch], original: Logits | None, packed: Logits, chunk: int | None = None) -> Comparison:
+    """Measure `packed` against `original` over the batches; with original=None only perplexity.
+
+    batches: dicts with input_ids [B, T], attention_mask [B, T] (all ones if absent), answer_mask and image_mask
+      [B, T] bool (optional, kept from the model), and whatever else the models take
+    original, packed: batch -> logits [B, T, V], any float dtype, any device
+    chunk: positions turned to float32 at a time; as many as CHUNK_ELEMENTS allows if None. Changes no result
+    MopeqError if a model gives NaN, or if there is nothing to measure.
+    """
+    sums = {"text": _Sums(), "image": _Sums()}
+    with torch.no_grad():
+        for batch in batches:
+            inputs = model_inputs(batch)
+            ours, theirs = packed(inputs), original(inputs) if original else None
+            assert theirs is None or theirs.shape == ours.shape, f"logits {tuple(ours.shape)}, {tuple(theirs.shape)}"
+            for row in range(len(ours)):
+                _add_row(sums, batch, row, ours[row], None if theirs is None else theirs[row], chunk)
+    parts = {name: _part([one], original is not None) for name, one in sums.items() if one.rows}
+    if not parts:
+        raise MopeqError("no position to measure: the data holds no text and no answers", "give more data")
+    return Comparison(_part(list(sums.values()), original is not None), parts)
+
+
+def _add_row(
+    sums: dict[str, _Sums], batch: Batch, row: int, ours_TV: Tensor, theirs_TV: Tensor | None, chunk: int | None
+) -> None:
+    counted_T, predicts_T, modality = _positions(batch, row)
+    if not counted_T.any():
+        return
+    into, ids_T = sums[modality], batch["input_ids"][row].cpu()
+    target_T = torch.cat([ids_T[1:], ids_T[:1]])  # the last has none; predicts_T is False there
+    step = chunk or max(1, CHUNK_ELEMENTS // ours_TV.shape[-1])
+    kls: list[Tensor] = []
+    for at_T in counted_T.nonzero()[:, 0].split(step):
+        q_TV = _log_probabilities(ours_TV, at_T, "packed")
+        predicts = predicts_T[at_T]
+        into.nll += _nll(q_TV, target_T[at_T], predicts)
+        into.predicted += int(predicts.sum())
+        if theirs_TV is None:
+            continue
+        p_TV = _log_probabilities(theirs_TV, at_T, "original")
+        into.nll_against += _nll(p_TV, target_T[at_T], predicts)
+        into.same += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
+        kls.append(_kl(p_TV, q_TV))
+    into.tokens += int(counted_T.sum())
+    into.rows += 1
+    if kls:
+        kl_T = torch.cat(kls)
+        into.kl.append(kl_T.float())
+        into.row_sums.append((float(kl_T.sum()), len(kl_T)))
+
+
+def _positions(batch: Batch, row: int) -> tuple[Tensor, Tensor, str]:
+    """(positions that count [T], those whose next token counts in perplexity [T], "text" or "image")."""
+
+    def mask(name: str, otherwise: Tensor) -> Tensor:
+        return batch[name][row].bool().cpu() if name in batch else otherwise
+
+    ids_T = batch["input_ids"][row]
+    every_T = torch.ones(len(ids_T), dtype=torch.bool)
+    valid_T, image_T = mask("attention_mask", every_T), mask("image_mask", ~every_T)
+    followed_T = valid_T & _next(valid_T)
+    if not image_T.any():
+        return valid_T, followed_T, "text"
+    answer_T = mask("answer_mask", ~every_T) & valid_T
+    if answer_T.any():
+        before_T = followed_T & _next(answer_T)
+        return before_T, before_T, "image"
+    return valid_T & ~image_T, followed_T & ~image_T & ~_next(image_T), "image"
+
+
+def _next(mask_T: Tensor) -> Tensor:
+    """mask at position t + 1; False for the last position."""
+    return torch.cat([mask_T[1:], mask_T.new_zeros(1)])
+
+
+def _log_probabilities(logits_TV: Tensor, at_T: Tensor, whose: str) -> Tensor:
+    logits_tV = logits_TV[at_T.to(logits_TV.device)].to("cpu", torch.float32)
+    logp_tV = torch.log_softmax(logits_tV, dim=-1)
+    if logp_tV.isnan().any():
+        raise MopeqError(f"the {whose} model's logits are not numbers (NaN or infinite)", "mopeq verify the checkpoint")
+    return logp_tV
+
+
+def _kl(p_TV: Tensor, q_TV: Tensor) -> Tensor:
+    """KL(p || q) [T] in float64 sums of float32 terms, from log-probabilities. Where p is 0 the term is 0."""
+    prob_TV = p_TV.exp()
+    return torch.where(prob_TV > 0, prob_TV * (p_TV - q_TV), 0.0).sum(-1, dtype=torch.float64)
+
+
+def _nll(logp_TV: Tensor, target_T: Tensor, predicts_T: Tensor) -> float:
+    return -float(logp_TV.gather(1, target_T[:, None])[predicts_T].sum(dtype=torch.float64))
+
+
+def _part(sums: list[_Sums], against: bool) -> Part:
+    kl_T = torch.cat([kl for one in sums for kl in one.kl]) if against else torch.empty(0)
+    row_sums = [pair for one in sums for pair in one.row_sums]
+    tokens, predicted = sum(one.tokens for one in sums), sum(one.predicted for one in sums)
+    mean = math.fsum(total for total, _ in row_sums) / tokens if against else None
+    ordered = kl_T.sort().values
+    return Part(
+        kl=mean,
+        kl_median=_quantile(ordered, 0.5) if against else None,
+        kl_p99=_quantile(ordered, 0.99) if against else None,
+        kl_max=_quantile(ordered, 1.0) if against else None,
+        kl_ci95=_interval(row_sums, mean) if mean is not None else None,
+        ppl=_perplexity(sum(one.nll for one in sums), predicted),
+        ppl_against=_perplexity(sum(one.nll_against for one in sums), predicted) if against else None,
+        top1_agreement=sum(one.same for one in sums) / tokens if against else None,
+        tokens=tokens,
+        predicted=predicted,
+        rows=sum(one.rows for one in sums),
+    )
+
+
+def _perplexity(nll: float, predicted: int) -> float | None:
+    if not predicted:
+        return None
+    return math.exp(nll / predicted) if nll / predicted < 700 else math.inf
+
+
+def _quantile(ordered: Tensor, share: float) -> float:
+    """The smallest value that at least `share` of the positions do not exceed."""
+    return float(ordered[max(0, math.ceil(share * len(ordered)) - 1)])
+
+
+def _interval(row_sums: list[tuple[float, int]], mean: float) -> tuple[float, float] | None:
+    """95 % interval of sum(KL) / sum(positions) over rows: the linearized ratio's standard error (Cochran 1977, §6)."""
+    rows, tokens = len(row_sums), sum(count for _, count in row_sums)
+    if rows < 2:
+        return None
+    spread = math.fsum((total - mean * count) ** 2 for total, count in row_sums)
+    half = Z95 * math.sqrt(rows / (rows - 1) * spread) / tokens
+    return (mean - half, mean + half)

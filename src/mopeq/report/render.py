@@ -1,0 +1,382 @@
+"""Subjects -> one HTML page: no network, no dates, the same bytes for the same data.
+
+Jinja escapes every value; what charts return is escaped there. A content policy allows no script but the page's own,
+by its hash. `data_block` is the page's JSON: what the pictures show, for the script and for whoever wants the numbers.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from mopeq.nouns import BASE36, Format, size_text
+from mopeq.report import charts
+from mopeq.report.charts import Dot
+from mopeq.report.facts import ALL, Evaluation, Loss, Senses, Subject, Task, Widths, stored_bits
+from mopeq.report.heat import Cells, colour_bar, heat_map, heat_width
+from mopeq.report.scales import Scale, scale_of, variables, width_shades
+from mopeq.report.svg import significant
+
+HERE = Path(__file__).parent
+ROLE_WORDS = {
+    "routed expert": "routed experts",
+    "shared expert": "shared experts",
+    "embedding": "embeddings",
+    "other": "norms, dense layers, the rest",
+}
+KIND_SHADE = {"codes": "w6", "scales": "w3", "zero points": "w1", "biases": "w1"}
+
+
+def render(subjects: Sequence[Subject]) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "sig": significant, "percent": percent}
+    environment.globals |= {"role_words": lambda role: ROLE_WORDS.get(role, role)}
+    script = (HERE / "script.js").read_text(encoding="utf-8")
+    formats = sorted({f for s in subjects if s.widths for f in s.widths.formats}, key=format_order)
+    shades = dict(zip(formats, width_shades(len(formats)), strict=True)) if formats else {}
+    return environment.get_template("template.html").render(
+        title=title(subjects),
+        subjects=subjects,
+        views=[view(i, subject, shades) for i, subject in enumerate(subjects)],
+        comparison=compare(subjects) if len(subjects) > 1 else None,
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8") + shade_rules()),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=data_block(subjects),
+    )
+
+
+def title(subjects: Sequence[Subject]) -> str:
+    return subjects[0].name if len(subjects) == 1 else f"{len(subjects)} checkpoints compared"
+
+
+def format_order(fmt: Format) -> tuple[float, Format]:
+    return stored_bits(fmt), fmt
+
+
+def size(nbytes: float | None) -> str:
+    return "–" if nbytes is None else size_text(nbytes)
+
+
+def percent(x: float | None, digits: int = 1) -> str:
+    return "–" if x is None else f"{100 * x:.{digits}f} %"
+
+
+def shade_rules() -> str:
+    """Each shade as fill, stroke and ink, light and dark; paper is light."""
+    rules = []
+    for family, count in (("w", 8), ("s", 12), ("t", 12)):
+        for i in range(count):
+            name = f"{family}{i}"
+            rules.append(
+                f".{name}{{fill:var(--{name});background:var(--{name});color:var(--{name}i)}}"
+                f".cells .{name}{{stroke:var(--{name})}}.{name}i{{fill:var(--{name}i)}}"
+            )
+    rules.append(".k0{fill:var(--k0)}.k0i{fill:var(--k0i)}")
+    dark = f"@media screen and (prefers-color-scheme:dark){{:root{{{variables(True)}}}}}"
+    return f":root{{{variables(False)}}}{dark}{''.join(rules)}"
+
+
+# -------------------------------------------------------------------------------------------- one subject
+
+
+def view(index: int, s: Subject, shades: dict[Format, int]) -> dict[str, Any]:
+    """The pictures of one checkpoint, ready for the template."""
+    return {
+        "id": f"c{index + 1}",
+        "index": index,
+        "stats": stats(s),
+        "bytes": byte_bars(s),
+        "maps": width_panels(s.widths, shades) if s.widths else None,
+        "layers": layer_rows(s.widths) if s.widths else [],
+        "senses": sense_panels(s.senses) if s.senses else None,
+        "tokens": token_panels(s.senses) if s.senses and s.senses.tokens else None,
+        "quantiles": kl_strips(s.evaluation) if s.evaluation else "",
+        "tasks": [
+            (
+                t,
+                charts.interval_strip(t.score, t.low, t.high, f"{t.name}: {t.score:.3f}")
+                if t.score is not None
+                else "",
+            )
+            for t in (s.evaluation.tasks if s.evaluation else ())
+        ],
+    }
+
+
+def stats(s: Subject) -> list[tuple[str, str, str]]:
+    """The few numbers at the top: (what, value, a line below)."""
+    rows = []
+    if s.bytes_weights is not None:
+        of = f"{percent(s.bytes_weights / s.bytes_source)} of {size(s.bytes_source)}" if s.bytes_source else ""
+        rows.append(("weights" if s.finished else "weights, planned", size(s.bytes_weights), of))
+    if s.code_bits is not None:
+        with_scales = "" if s.effective_bits is None else f"{s.effective_bits:.3f} with scales and zero points"
+        rows.append(("code bits a routed weight", f"{s.code_bits:.3f}", with_scales))
+    if s.evaluation is None:
+        return rows
+    whole = s.evaluation.losses[0]
+    if whole.kl is not None:
+        rows.append(("KL to the original", significant(whole.kl), "nats per token" + interval_words(whole)))
+    if whole.ppl is not None:
+        rows.append(("perplexity", significant(whole.ppl, 4), ppl_words(whole)))
+    if whole.top1 is not None:
+        rows.append(("top-1 agreement", percent(whole.top1), "positions with the same first choice"))
+    if scores := [t.score for t in s.evaluation.tasks if t.score is not None]:
+        kinds = "task" if len(scores) == 1 else "tasks"
+        rows.append(("mean task score", f"{math.fsum(scores) / len(scores):.3f}", f"over {len(scores)} {kinds}"))
+    return rows
+
+
+def interval_words(loss: Loss) -> str:
+    if loss.low is None or loss.high is None:
+        return ""
+    return f"; 95 %: {significant(loss.low)} to {significant(loss.high)}"
+
+
+def ppl_words(loss: Loss) -> str:
+    if loss.ppl is None or not loss.ppl_against:
+        return "the original's was not measured"
+    return f"original {significant(loss.ppl_against, 4)} ({100 * (loss.ppl / loss.ppl_against - 1):+.1f} %)"
+
+
+def byte_bars(s: Subject) -> Markup | str:
+    """Source and packed checkpoint as two bars on one scale."""
+    before, after = [], []
+    for part in s.parts:
+        words = ROLE_WORDS.get(part.role, part.role)
+        routed = part.role == "routed expert"
+        if part.before is not None:
+            before.append(("w6" if routed else "k0", words, part.before))
+        if routed and part.kinds:
+            after += [(KIND_SHADE.get(kind, "w1"), kind, n) for kind, n in part.kinds.items()]
+        elif part.after is not None:
+            after.append(("k0", words, part.after))
+    rows = [(label, segments) for label, segments in (("source", before), ("packed", after)) if segments]
+    return charts.stacked(rows, "bytes by part, source above, packed below; the table has the numbers") if rows else ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One heat map: the words above it, how it is spoken of, and its natural width in px."""
+
+    words: str
+    picture: Markup
+    spoken: str
+    width: int
+
+
+def panel_words(panel: str) -> str:
+    return "" if panel == ALL else panel
+
+
+def width_panels(widths: Widths, shades: dict[Format, int]) -> dict[str, Any]:
+    """The precision map: the paper's layer x expert heat map, and its legend."""
+    lookup = np.array([*(shades[f] for f in widths.formats), -1])  # -1, no such expert, stays -1
+    written = {shades[f]: BASE36[f.bits] for f in widths.formats}
+    bits = np.array([*(float(f.bits) for f in widths.formats), np.nan])
+    panels = []
+    for panel, grid_LE in widths.grids.items():
+        mean_L = np.nanmean(bits[grid_LE], axis=1)
+        cells = Cells(
+            "w", lookup[grid_LE], widths.layers, written, margin=[f"{m:.2f}" for m in mean_L], margin_title="mean"
+        )
+        name = "precision map" + (f", {panel}" if panel != ALL else "")
+        panels.append(
+            Panel(
+                panel_words(panel),
+                heat_map(cells, f"{name}: bits by layer and expert"),
+                name,
+                heat_width(cells),
+            )
+        )
+    legend = [
+        (f"w{shades[f]}", f.bits, f"group {f.group_size}, {scheme_words(f)}", widths.counts[f.name], f.name)
+        for f in widths.formats
+    ]
+    return {"panels": panels, "legend": legend}
+
+
+def scheme_words(fmt: Format) -> str:
+    return {"a": "asymmetric", "s": "symmetric"}.get(fmt.scheme, fmt.scheme)
+
+
+def layer_rows(widths: Widths) -> list[tuple[str, list[int], float]]:
+    """(layer and panel, matrices of each format, mean bits): the map as a table, for readers and for print."""
+    rows = []
+    bits = np.array([f.bits for f in widths.formats])
+    for i, layer in enumerate(widths.layers):
+        for panel, grid_LE in widths.grids.items():
+            known = grid_LE[i][grid_LE[i] >= 0]
+            counts = [int((known == f).sum()) for f in range(len(widths.formats))]
+            rows.append((f"{layer} {panel_words(panel)}".strip(), counts, float(bits[known].mean())))
+    return rows
+
+
+def sense_panels(senses: Senses) -> dict[str, Any]:
+    """The sensitivity as the same picture; experts no token reached are crossed, zero and below dashed."""
+    scale = scale_of(np.concatenate([g.ravel() for g in senses.grids.values()]))
+    return panels_of(senses, senses.grids, scale, "s", "sensitivity")
+
+
+def token_panels(senses: Senses) -> dict[str, Any]:
+    scale = scale_of(np.concatenate([np.where(g > 0, g, np.nan).ravel() for g in senses.tokens.values()]))
+    return panels_of(senses, senses.tokens, scale, "t", "tokens seen")
+
+
+def panels_of(senses: Senses, grids: Mapping[str, np.ndarray], scale: Scale, family: str, name: str) -> dict[str, Any]:
+    panels, crossed_any, dashed_any = [], False, False
+    for panel, grid_LE in grids.items():
+        if family == "t":
+            crossed, dashed = grid_LE == 0, None
+        else:
+            known = np.isfinite(grid_LE)
+            crossed = None if senses.reached is None else ~senses.reached & known
+            dashed = (grid_LE <= 0) & known & (~crossed if crossed is not None else True) if scale.log else None
+        crossed_any |= crossed is not None and bool(crossed.any())
+        dashed_any |= dashed is not None and bool(dashed.any())
+        cells = Cells(family, scale.shade(grid_LE), senses.layers, crossed=crossed, dashed=dashed)
+        words = panel_words(panel) if panel != "tokens" else ""
+        spoken = name + (f", {words}" if words else "")
+        panels.append(Panel(words, heat_map(cells, f"{spoken} by layer and expert"), spoken, heat_width(cells)))
+    return {
+        "panels": panels,
+        "bar": colour_bar(scale, family),
+        "log": scale.log,
+        "crossed": crossed_any,
+        "dashed": dashed_any,
+    }
+
+
+def task_strip(t: Task) -> Markup | str:
+    return "" if t.score is None else charts.interval_strip(t.score, t.low, t.high, f"{t.name}: {t.score:.3f}")
+
+
+def kl_strips(e: Evaluation) -> Markup | str:
+    rows = [
+        (loss.name, {"median": loss.median, "mean": loss.kl, "99 %": loss.p99, "max": loss.maximum})
+        for loss in e.losses
+        if loss.kl is not None
+    ]
+    return charts.quantile_strips(rows, "KL by quantile; the table has the numbers") if rows else ""
+
+
+# ------------------------------------------------------------------------------------------- comparison
+
+
+def compare(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """The table at the top, and the scatter of those that were measured alike."""
+    measured = [s for s in subjects if s.evaluation and s.evaluation.losses[0].kl is not None]
+    first = measured[0].evaluation.setting if measured and measured[0].evaluation else None
+    alike = [s for s in measured if s.evaluation and s.evaluation.setting == first]
+    names = list(dict.fromkeys(t.name for s in subjects if s.evaluation for t in s.evaluation.tasks))
+    scores = {s.name: {t.name: t for t in s.evaluation.tasks} for s in subjects if s.evaluation}
+    return {
+        "scatter": compare_scatter(subjects, alike) if len(alike) > 1 else "",
+        "setting": first,
+        "apart": [s for s in measured if s not in alike],
+        "unmeasured": [s for s in subjects if s not in measured],
+        "sources": sorted({s.source for s in subjects}),
+        "tasks": [(name, [scores.get(s.name, {}).get(name) for s in subjects]) for name in names],
+    }
+
+
+def compare_scatter(subjects: Sequence[Subject], alike: Sequence[Subject]) -> Markup | str:
+    """Bytes against KL, each point named and linked to its section."""
+    rows = [
+        (subjects.index(s) + 1, s.name, s.bytes_weights, s.evaluation.losses[0])
+        for s in alike
+        if s.evaluation and s.bytes_weights
+    ]
+    found = [(i, name, nbytes, loss, loss.kl) for i, name, nbytes, loss in rows if loss.kl is not None and loss.kl > 0]
+    if len(found) < 2:
+        return ""
+    big = max(nbytes for _, _, nbytes, _, _ in found) >= 0.1 * 2**30
+    unit, words = (2**30, "GiB") if big else (2**20, "MiB")
+    best = charts.frontier([(float(nbytes), kl) for _, _, nbytes, _, kl in found])
+    dots = [
+        Dot(name, nbytes / unit, kl, loss.low, loss.high, front, f"#c{i}")
+        for (i, name, nbytes, loss, kl), front in zip(found, best, strict=True)
+    ]
+    return charts.scatter(dots, words, "bytes of weights against KL, one point a checkpoint; the table has the numbers")
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def data_block(subjects: Sequence[Subject]) -> Markup:
+    """The page's JSON, safe inside <script>: it holds no "<", and null where a number is not finite."""
+    body = {"version": 1, "checkpoints": [subject_data(s) for s in subjects]}
+    text = json.dumps(body, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def subject_data(s: Subject) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": s.name,
+        "source": s.source,
+        "bytes_source": s.bytes_source,
+        "bytes_weights": s.bytes_weights,
+        "avg_expert_bits": s.code_bits,
+        "avg_expert_bits_effective": s.effective_bits,
+        "parts": [{"role": p.role, "before": p.before, "after": p.after, **dict(p.kinds)} for p in s.parts],
+    }
+    if s.widths:
+        w = s.widths
+        data |= {
+            "layers": list(w.layers),
+            "experts": [int(n) for n in (next(iter(w.grids.values())) >= 0).sum(1)],
+            "formats": [f.name for f in w.formats],
+            "map": {p: ["".join(BASE36[i] if i >= 0 else "-" for i in row) for row in g] for p, g in w.grids.items()},
+        }
+    if s.senses:
+        data["sensitivity"] = {
+            "method": s.senses.method,
+            "shows": s.senses.shows,
+            "values": {p: short_numbers(g) for p, g in s.senses.grids.items()},
+        }
+        data["tokens"] = {name: short_numbers(g) for name, g in s.senses.tokens.items()}
+    if s.evaluation:
+        data["evaluation"] = evaluation_data(s.evaluation)
+    return data
+
+
+def evaluation_data(e: Evaluation) -> dict[str, Any]:
+    losses = [{k: finite(v) if isinstance(v, float) else v for k, v in vars(loss).items()} for loss in e.losses]
+    tasks = [
+        {"name": t.name, "score": finite(t.score), "low": finite(t.low), "high": finite(t.high), "n": t.n}
+        for t in e.tasks
+    ]
+    return {"setting": dict(e.setting), "losses": losses, "tasks": tasks}
+
+
+def finite(x: float | None) -> float | None:
+    return x if x is not None and math.isfinite(x) else None
+
+
+def short_numbers(grid_LE: np.ndarray) -> list[list[float | int | None]]:
+    """Rows of numbers with 4 significant digits; null where there is none."""
+
+    def short(x: float) -> float | int | None:
+        if not math.isfinite(x):
+            return None
+        return int(x) if float(x).is_integer() and abs(x) < 2**53 else float(f"{x:.4g}")
+
+    return [[short(x) for x in row] for row in grid_LE.tolist()]

@@ -1,0 +1,391 @@
+"""`mopeq report`: gather what lies in finished checkpoints or run directories, and write one HTML file about it.
+
+Only headers and JSON are read; no model is loaded. What is not there is named with the command that would add it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mopeq.alloc import NO_BUDGET
+from mopeq.checkpoint import open_checkpoint, read_json
+from mopeq.errors import BadInput
+from mopeq.families.standard import roles
+from mopeq.nouns import MoELayer, PrecisionMap, Sensitivity, TensorInfo, size_text
+from mopeq.options import DEFAULT_AVG_BITS
+from mopeq.packed import MANIFEST, RUN, check_sizes, read_map, write_atomic
+from mopeq.report.facts import (
+    Evaluation,
+    Missing,
+    Part,
+    Senses,
+    Subject,
+    Widths,
+    read_evaluation,
+    senses_of,
+    widths_of,
+)
+from mopeq.rundir import read_sensitivity
+from mopeq.sense import SENSORS
+from mopeq.stages import NO_SENSE
+
+KINDS = {"qweight": "codes", "scales": "scales", "zeros": "zero points", "bias": "biases"}
+
+
+def write(out_or_run: list[Path], output: Path) -> dict[str, Any]:
+    """Write the report on these checkpoints or run directories; returns {"output", "checkpoints", "bytes"}.
+
+    BadInput where a folder is neither, or damaged, or given twice.
+    """
+    from mopeq.report.render import render  # jinja2 is not needed for `--help`
+
+    output, paths = Path(output), [Path(p) for p in out_or_run]
+    if not paths:
+        raise BadInput("no checkpoint was given", "mopeq report OUT -o report.html")
+    if output.is_dir():
+        raise BadInput(f"{output} is a folder", "-o names the HTML file to write, like report.html")
+    double = next((p for i, p in enumerate(paths) if p.resolve() in [q.resolve() for q in paths[:i]]), None)
+    if double is not None:
+        raise BadInput(f"{double} was given twice", "give each checkpoint once")
+    page = render([gather(p, name) for p, name in zip(paths, short_names(paths), strict=True)]).encode()
+    write_atomic(output, page)
+    return {"output": str(output), "checkpoints": len(paths), "bytes": len(page)}
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [p.resolve().parts for p in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(p) for p in paths]
+
+
+def gather(path: Path, name: str) -> Subject:
+    """Everything known of one folder."""
+    if not path.is_dir():
+        raise BadInput(f"{path} is no folder", "give a packed checkpoint made by `mopeq quantize`, or a run directory")
+    if (path / MANIFEST).exists() or (path / "config.json").exists():
+        return gather_checkpoint(path, name)
+    if (path / "spec.json").exists():
+        return gather_run(path, name)
+    raise BadInput(
+        f"{path} is neither a packed checkpoint nor a run directory", "make one with `mopeq quantize MODEL -o OUT`"
+    )
+
+
+# ----------------------------------------------------------------------------------------- a checkpoint
+
+
+def gather_checkpoint(out: Path, name: str) -> Subject:
+    check_sizes(out)
+    map_ = read_map(out)
+    facts = read_object(out / RUN)
+    options, result = table(facts, "options"), table(facts, "result")
+    source = str(facts.get("source", "MODEL"))
+    run = Path(options["run"]) if isinstance(options.get("run"), str) else out / ".mopeq"
+    spec = read_object(run / "spec.json") if (run / "spec.json").exists() else {}
+    if spec.get("bytes_source") != result.get("bytes_source"):
+        spec = {}  # a shared run directory holds the forecast of the job that used it last, here of another source
+    widths = widths_of(map_)
+    again = quantize_command(source, out, options)
+    missing: dict[str, Missing] = {}
+    if not spec:
+        missing["sizes"] = Missing(
+            "The source's bytes by part are not known: its forecast is not beside the checkpoint.", again
+        )
+    senses = gather_senses(run, map_, widths, facts, again, missing)
+    evaluation = gather_evaluation(out, source, missing)
+    seen = set(senses.notes) if senses else set()
+    notes = [str(n) for n in (*listed(result, "notes"), *listed(facts, "sensitivity_notes")) if str(n) not in seen]
+    return Subject(
+        name=name,
+        source=Path(source).name or source,
+        model_type=str(spec.get("model_type") or read_json(out / "config.json").get("model_type", "")),
+        params=spec.get("params"),
+        expert_params=spec.get("expert_params"),
+        bytes_source=result.get("bytes_source"),
+        bytes_weights=result.get("bytes_weights"),
+        code_bits=result.get("avg_expert_bits"),
+        effective_bits=result.get("avg_expert_bits_effective"),
+        bytes_by_bits=by_bits(spec),
+        parts=parts(table(spec, "bytes_by_role"), packed_parts(out, map_)),
+        widths=widths,
+        senses=senses,
+        evaluation=evaluation,
+        recipe=recipe(options),
+        made=made(facts, options, result, widths),
+        notes=tuple(dict.fromkeys(notes)),
+        command=again,
+        missing=missing,
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; BadInput otherwise."""
+    body = read_json(path)
+    if not isinstance(body, dict):
+        raise BadInput(f"{path} holds no JSON object", "the file is damaged; make the checkpoint again")
+    return body
+
+
+def table(body: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return body[key] if isinstance(body.get(key), dict) else {}
+
+
+def listed(body: Mapping[str, Any], key: str) -> list[Any]:
+    return body[key] if isinstance(body.get(key), list) else []
+
+
+def by_bits(spec: Mapping[str, Any]) -> dict[str, int]:
+    """Uniform sizes of the forecast, fewest bits first."""
+    return dict(sorted(table(spec, "bytes_by_bits").items(), key=lambda kv: int(kv[0])))
+
+
+def packed_parts(out: Path, map_: PrecisionMap) -> dict[str, dict[str, int]]:
+    """{role: {kind: bytes}} of the packed tensors, by the shards' headers."""
+    tensors = open_checkpoint(out).tensors
+    stems = {f"{prefix}." for prefix in map_.prefixes.values()}
+    routed: dict[str, TensorInfo] = {}
+    others: dict[str, TensorInfo] = {}
+    for tensor_name, tensor in tensors.items():
+        stem, rest = next(((s, tensor_name[len(s) :]) for s in stems if tensor_name.startswith(s)), ("", ""))
+        (routed if stem and rest.split(".")[0].isdigit() else others)[tensor_name] = tensor
+    experts = {layer: sum(i.layer == layer for i in map_) for layer in map_.prefixes}
+    layers = tuple(MoELayer(n, prefix, experts[n], {}, {}) for n, prefix in map_.prefixes.items())
+    found: dict[str, dict[str, int]] = {}
+    for tensor_name, tensor in routed.items():
+        add(found, "routed expert", KINDS.get(tensor_name.rpartition(".")[2], "other"), tensor.nbytes)
+    for tensor_name, role in roles(others, layers).items():
+        add(found, role, "all", others[tensor_name].nbytes)
+    return found
+
+
+def add(found: dict[str, dict[str, int]], role: str, kind: str, nbytes: int) -> None:
+    kinds = found.setdefault(role, {})
+    kinds[kind] = kinds.get(kind, 0) + nbytes
+
+
+def parts(before: Mapping[str, int], after: Mapping[str, dict[str, int]]) -> tuple[Part, ...]:
+    """Routed experts first, then by size."""
+    order = sorted({*before, *after}, key=lambda r: (r != "routed expert", -(before.get(r) or 0), r))
+    rows = []
+    for role in order:
+        kinds = after.get(role, {})
+        split = {k: kinds[k] for k in (*KINDS.values(), "other") if k in kinds} if role == "routed expert" else {}
+        rows.append(Part(role, before.get(role) if before else None, sum(kinds.values()) if after else None, split))
+    return tuple(rows)
+
+
+# ------------------------------------------------------------------------------------------ sensitivity
+
+
+def saved_sensitivities(run: Path) -> Iterator[Sensitivity]:
+    """Newest first."""
+    for path in sorted((run / "sensitivity").glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True):
+        yield read_sensitivity(path)
+
+
+def gather_senses(
+    run: Path, map_: PrecisionMap, widths: Widths, facts: Mapping[str, Any], again: str, missing: dict[str, Missing]
+) -> Senses | None:
+    """The sensitivity the map was made from, if it is beside it."""
+    options = table(facts, "options")
+    method = str(options.get("sensitivity"))
+    if options.get("map") is not None:
+        missing["sensitivity"] = Missing("The map was given with --map; no sensitivity was taken for it.")
+        return None
+    if options.get("allocate") in NO_SENSE:
+        other = again_with(options, facts, allocate="knapsack")
+        missing["sensitivity"] = Missing(
+            f"No sensitivity was taken: --allocate {options['allocate']} asks for none.", other
+        )
+        return None
+    data = table(facts, "calibration").get("digest") if needs_data(method) else None
+    wanted = set(map_)
+    found = next(
+        (
+            s
+            for s in saved_sensitivities(run)
+            if s.method == method and set(s.linears) == wanted and (data is None or s.data_digest == data)
+        ),
+        None,
+    )
+    if found is None:
+        missing["sensitivity"] = Missing(f"The {method} sensitivity it was made from is no longer in {run}.", again)
+        return None
+    if found.tokens_LE is None:
+        missing["tokens"] = Missing(
+            f"How many tokens each expert sees is not known: {method} shows the model no data.",
+            again_with(options, facts, sensitivity="frequency"),
+        )
+    return senses_of(found, widths, says_of(method))
+
+
+def needs_data(method: str) -> bool:
+    return method in SENSORS and SENSORS[method].needs_data
+
+
+def says_of(method: str) -> str:
+    return SENSORS[method].says if method in SENSORS else "a method this mopeq does not know"
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def gather_evaluation(out: Path, source: str, missing: dict[str, Missing]) -> Evaluation | None:
+    """What `mopeq eval` left beside the checkpoint."""
+    path = out / ".mopeq" / "eval.json"
+    command = shlex.join(["mopeq", "eval", str(out), "--against", source]) + " --data DATA"
+    if not path.exists():
+        missing["evaluation"] = Missing(f"{out.name} was not evaluated: its loss is not known.", command)
+        return None
+    try:
+        found = read_evaluation(read_object(path))
+    except (TypeError, AttributeError) as problem:
+        raise BadInput(f"{path} cannot be read: {problem}", f"delete it and evaluate again: {command}") from None
+    if found.losses[0].kl is None:
+        missing["kl"] = Missing(f"{out.name} was evaluated without the original: KL and top-1 are not known.", command)
+    if not found.tasks:
+        missing["tasks"] = Missing(
+            "No task was scored: the data held no questions with answers.", command.replace("DATA", "QUESTIONS.tsv")
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------------------- how it was made
+
+
+def quantize_command(source: str, out: Path | str, options: Mapping[str, Any]) -> str:
+    """The `mopeq quantize` command of these options, every one that matters for the bytes written out."""
+    words = ["mopeq", "quantize", source, "-o", str(out)]
+    given = dict(options)
+    budgeted = given.get("allocate") not in NO_BUDGET and given.get("map") is None
+    if budgeted and given.get("avg_bits") is None and given.get("fit") is None:
+        given["avg_bits"] = DEFAULT_AVG_BITS
+    for key, value in given.items():
+        if value is None or value == [] or key == "device":
+            continue
+        flag = "--" + key.replace("_", "-")
+        if key == "calib" and isinstance(value, list):
+            words += [word for path in value for word in (flag, str(path))]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list) else plain(value)]
+    return shlex.join(words)
+
+
+def again_with(options: Mapping[str, Any], facts: Mapping[str, Any], **changes: Any) -> str:
+    """The command with some options changed, into a folder of its own."""
+    return quantize_command(str(facts.get("source", "MODEL")), "NEW", {**options, **changes})
+
+
+def plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def recipe(options: Mapping[str, Any]) -> str:
+    """How it was made, in a few words."""
+    if options.get("map") is not None:
+        chosen = "a given map"
+    elif options.get("allocate") in NO_SENSE:
+        chosen = str(options.get("allocate"))
+    else:
+        chosen = f"{options.get('sensitivity')} and {options.get('allocate')} per {options.get('per')}"
+    other = options.get("other_bits")
+    rest = f", all else at {other} bits" if other not in (16, None) else ""
+    return f"{chosen}, {options.get('method')}{rest}"
+
+
+def made(
+    facts: Mapping[str, Any], options: Mapping[str, Any], result: Mapping[str, Any], widths: Widths
+) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """Options, inputs, versions and outcome as tables."""
+    asked = [
+        ("--" + k.replace("_", "-"), ", ".join(map(str, v)) if isinstance(v, list) else plain(v))
+        for k, v in options.items()
+        if v is not None and v != []
+    ]
+    calibration = table(facts, "calibration")
+    inputs = [
+        ("source", facts.get("source")),
+        ("revision", facts.get("source_revision")),
+        ("source digest", facts.get("source_digest")),
+        ("calibration digest", calibration.get("digest") or "no data was shown"),
+        ("calibration tokens", f"{calibration['tokens']:,}" if type(calibration.get("tokens")) is int else None),
+    ]
+    seconds, memory, difference = (result.get(k) for k in ("seconds", "peak_rss_bytes", "read_back"))
+    outcome = [
+        ("finished", facts.get("finished")),
+        ("time", None if seconds is None else duration(seconds)),
+        ("peak memory", None if memory is None else size_text(memory)),
+        ("map digest", widths.digest),
+        ("job digest", facts.get("job")),
+        ("logits read back", None if difference is None else f"within {difference:.1e} of their spread"),
+    ]
+    versions = [(str(k), str(v)) for k, v in sorted(table(facts, "versions").items())]
+    tables = (("Options", asked), ("Made from", inputs), ("Outcome", outcome), ("Versions", versions))
+    return tuple((words, tuple((k, str(v)) for k, v in rows if v not in (None, ""))) for words, rows in tables)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+# ----------------------------------------------------------------------------------------- a run directory
+
+
+def gather_run(run: Path, name: str) -> Subject:
+    """What a run directory knows before (or without) a checkpoint: the forecast, its newest map and sensitivity."""
+    spec = read_object(run / "spec.json")
+    again = shlex.join(["mopeq", "quantize", "MODEL", "-o", "OUT", "--run", str(run)])
+    missing = {"checkpoint": Missing("This is a run directory; its checkpoint is not made, or lies elsewhere.", again)}
+    command = "mopeq eval OUT --against MODEL --data DATA"
+    missing["evaluation"] = Missing("Only a finished checkpoint can be evaluated.", command)
+    maps = sorted((run / "maps").glob("*.json"), key=lambda p: p.stat().st_mtime)
+    widths = senses = None
+    method = ""
+    if maps:
+        body = read_object(maps[-1])
+        map_ = PrecisionMap.from_json(body, str(maps[-1]))
+        widths, method = widths_of(map_), str(table(body, "made_from").get("sensitivity") or "")
+        found = (s for s in saved_sensitivities(run) if s.method == method and set(s.linears) == set(map_))
+        saved = next(found, None)
+        senses = None if saved is None else senses_of(saved, widths, says_of(method))
+    else:
+        missing["map"] = Missing("No map was chosen yet.", again)
+    if senses is None:
+        missing["sensitivity"] = Missing("No sensitivity that its newest map was made from is here.", again)
+    elif not senses.tokens:
+        missing["tokens"] = Missing(
+            f"How many tokens each expert sees is not known: {method} shows the model no data.",
+            f"{again} --sensitivity frequency",
+        )
+    return Subject(
+        name=name,
+        source=f"a {spec.get('model_type', 'model')} checkpoint",
+        model_type="",
+        params=spec.get("params"),
+        expert_params=spec.get("expert_params"),
+        bytes_source=spec.get("bytes_source"),
+        bytes_weights=spec.get("predicted_bytes"),
+        code_bits=None,
+        effective_bits=None,
+        bytes_by_bits=by_bits(spec),
+        parts=parts(table(spec, "bytes_by_role"), {}),
+        widths=widths,
+        senses=senses,
+        evaluation=None,
+        recipe="",
+        made=(),
+        notes=tuple(str(n) for n in listed(spec, "notes")),
+        command="",
+        missing=missing,
+        finished=False,
+    )
