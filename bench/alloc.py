@@ -18,6 +18,8 @@ from mopeq.alloc.kmeans import cluster
 from mopeq.alloc.knapsack import solve, solve_code
 from mopeq.alloc.reach import largest_code_total, largest_total
 
+Pair = tuple[np.ndarray, np.ndarray]
+
 
 def weights(out: int, n: int, bits: list[int], group: int) -> tuple[list[int], list[int]]:
     """Code bits and stored bytes of a matrix [out, n] at each width: codes, fp16 scales, packed zero points."""
@@ -26,7 +28,7 @@ def weights(out: int, n: int, bits: list[int], group: int) -> tuple[list[int], l
     return [out * n * b for b in bits], stored
 
 
-def items(layers: int, experts: int, hidden: int, width: int, bits: list[int], groups: list[int]):
+def items(layers: int, experts: int, hidden: int, width: int, bits: list[int], groups: list[int]) -> Pair:
     """Code bits and bytes [items, formats] of all gate, up and down projections; formats are groups within bits."""
     shapes = [(width, hidden), (width, hidden), (hidden, width)]
     each = [[weights(*shape, [b], g) for b in bits for g in groups] for shape in shapes]
@@ -58,6 +60,7 @@ def case(name: str, model: tuple[int, int, int, int], bits: list[int], groups: l
     print(f"{name}: {len(code_IF):,} items x {len(bits) * len(groups)} formats{share}")
     start = time.perf_counter()
     total = largest_total(bytes_IF, limit)
+    assert total is not None
     line("  reach, bytes", time.perf_counter() - start, f"{limit - total} bytes of {limit:,} unreachable")
     start = time.perf_counter()
     found = solve(cost_IF, bytes_IF, total)

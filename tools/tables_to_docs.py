@@ -1,4 +1,4 @@
-"""The README's tables, written from the code's own: python tools/tables_to_docs.py (or `make docs`).
+"""The tables in the README and in docs/, written from the code's own: python tools/tables_to_docs.py, or `make docs`.
 
 A block begins with `<!-- table: NAME -->` and ends with `<!-- end -->`; what stands between is written here. A test
 says when a block is stale.
@@ -7,15 +7,19 @@ says when a block is stale.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from mopeq.alloc import ALLOCATORS, NO_BUDGET
+from mopeq.data import DATASETS
+from mopeq.evaluate import METRICS
 from mopeq.families import FAMILIES
 from mopeq.quant import QUANTIZERS
 from mopeq.sense import SENSORS
 from mopeq.tables import Row
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "commands.md")
 
 
 def methods() -> str:
@@ -42,7 +46,18 @@ def families() -> str:
     )
 
 
-BLOCKS = {"methods": methods, "families": families}
+def plain(what: str, table: Mapping[str, Row]) -> str:
+    """A table of two columns: the choice and its line."""
+    lines = [f"| {what} | what it is |", "|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {row.says.replace('|', '&#124;')} |" for name, row in table.items()])
+
+
+BLOCKS = {
+    "methods": methods,
+    "families": families,
+    "datasets": lambda: plain("file", DATASETS),
+    "metrics": lambda: plain("metric", METRICS),
+}
 
 
 def refreshed(text: str) -> str:
@@ -55,8 +70,8 @@ def refreshed(text: str) -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    README.write_text(refreshed(text), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,14 @@ def read_json(path: Path) -> Any:
         raise BadInput(f"{path} is no JSON: {problem}", "the file is damaged; fetch it again") from None
 
 
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict; ValueError where a key occurs twice, which json would let the last one win."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return made
+
+
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     """Tensors of one safetensors file and the header's bytes; every lie a header can tell is refused by name."""
 
@@ -79,7 +87,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
             raise refuse(f"its header claims {length} bytes, the file has {size}")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=without_doubles)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as problem:
@@ -91,22 +99,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             numbers = (*shape, start, end)
-            if any(type(x) is not int or x < 0 for x in numbers):
+            if type(dtype) is not str or any(type(x) is not int or not 0 <= x < 2**63 for x in numbers):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise refuse(f"the header's entry for {name!r} is malformed") from None
         if dtype not in DTYPE_BITS:
             raise refuse(f"{name} has the unknown dtype {dtype!r}")
         if end - start != tensor_bytes(dtype, shape):
-            raise refuse(f"{name} claims {end - start} bytes where its shape takes {tensor_bytes(dtype, shape)}")
+            raise refuse(f"{name} claims {end - start} bytes, which is not what its shape takes")
         if 8 + length + end > size:
             raise refuse(f"{name} ends at byte {8 + length + end}, the file at {size}")
         spans.append((start, end, name))
         tensors[name] = TensorInfo(name, dtype, shape, path.name, 8 + length + start, end - start)
-    spans.sort()
-    for (_, end, name), (start, _, other) in pairwise(spans):
-        if start < end:
-            raise refuse(f"{name} and {other} overlap")
+    at = 0
+    for start, end, name in sorted(spans):
+        if start != at:
+            raise refuse(f"{name} starts at {start} of the data, {'inside' if start < at else 'apart from'} the one before")
+        at = end
+    if 8 + length + at != size:
+        raise refuse(f"{size - 8 - length - at} bytes at its end belong to no tensor")
     return tensors, 8 + length
 
 

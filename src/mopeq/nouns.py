@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -144,7 +146,7 @@ class TensorInfo:
 
     @property
     def count(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) if self.shape else 1
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -221,12 +223,10 @@ _UNITS |= {f"{p}ib": 2 ** (10 * i) for i, p in enumerate("kmgt", 1)}
 
 def parse_size(text: str | int) -> int:
     """ "12GiB" -> bytes. A bare integer is bytes; kB, MB, GB, TB are 10^3n; KiB, MiB, GiB, TiB are 2^10n."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].lower() not in _UNITS:
         raise BadInput(f"{text!r} is no size", "write it like 12GiB, 500MB or 1073741824 (bytes)")
-    return (
-        int(float(match[1]) * _UNITS[match[2].lower()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].lower()]
-    )
+    return int(Fraction(match[1]) * _UNITS[match[2].lower()])
 
 
 def size_text(nbytes: float) -> str:
@@ -261,7 +261,7 @@ class Sensitivity:
 
     `cost_IF` has the spec's linears by rows and `formats` by columns: loss in nats per token where the method gives
     one, else a score times 4^-bits. `score_I` is the raw score of methods that know no formats (else None),
-    `stderr_I` its standard error where there is one. `tokens_LE`: calibration tokens seen per layer and expert
+    `stderr_I` its standard error where there is one (`stderr_IF` that of costs that were measured per format). `tokens_LE`: calibration tokens seen per layer and expert
     (None without data); `tokens_by_modality` the same apart for "text" and "image".
     """
 
@@ -271,6 +271,7 @@ class Sensitivity:
     cost_IF: np.ndarray
     score_I: np.ndarray | None = None
     stderr_I: np.ndarray | None = None
+    stderr_IF: np.ndarray | None = None
     tokens_LE: np.ndarray | None = None
     tokens_by_modality: Mapping[str, np.ndarray] = field(default_factory=dict)
     unit: str = "score"

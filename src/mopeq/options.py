@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,12 @@ class Options:
             )
         if self.map is not None and (self.avg_bits is not None or self.fit is not None):
             raise BadInput("--map gives every width itself; a budget beside it has no meaning", "leave one of them out")
+        if self.allocate == "kmeans" and len(self.groups) > 1:
+            raise BadInput("--allocate kmeans takes one group size", "give a single --group-size")
+        if not 0 <= self.seed < 2**32:
+            raise BadInput(f"--seed {self.seed} lies outside 0 to 2^32 - 1", "try --seed 0")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise BadInput(f"--device {self.device} is not offered", "choose auto, cpu or cuda")
         if self.calib_tokens < 1:
             raise BadInput(f"--calib-tokens {self.calib_tokens} is not positive", "try --calib-tokens 65536")
         if parse_size(self.shard_size) < 1:
@@ -94,11 +102,10 @@ class Options:
             return Budget(avg_bits=DEFAULT_AVG_BITS if self.avg_bits is None else self.avg_bits)
         text = str(self.fit).strip()
         if text.endswith("%"):
-            params = sum(t.count for t in spec.tensors.values())
-            try:
-                return Budget(fit_bytes=int(2 * params * float(text[:-1]) / 100))
-            except ValueError:
-                raise BadInput(f"--fit {text} is no fraction", "write it like 25%") from None
+            share = re.fullmatch(r"(\d{1,4}(?:\.\d{1,9})?)\s*%", text)
+            if not share:
+                raise BadInput(f"--fit {text} is no fraction", "write it like 25%")
+            return Budget(fit_bytes=int(2 * sum(t.count for t in spec.tensors.values()) * Fraction(share[1]) / 100))
         return Budget(fit_bytes=parse_size(self.fit))
 
     @property
@@ -119,7 +126,7 @@ def numbers(value: Any, flag: str, example: str) -> tuple[int, ...]:
     """ "2,3,4", 3 or (2, 3) -> ascending distinct integers."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, tuple | list) else [value]
     try:
-        found = tuple(sorted({int(part) for part in parts}))
+        found = tuple(sorted({int(str(part)) for part in parts}))  # by str: no half is cut off
     except (TypeError, ValueError):
         raise BadInput(f"{flag} {value} is no list of whole numbers", f"write it like {flag} {example}") from None
     if not found:

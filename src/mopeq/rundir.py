@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class RunDir:
 
     def save_sensitivity(self, digest: str, s: Sensitivity) -> None:
         arrays: dict[str, Any] = {"cost_IF": s.cost_IF}
-        arrays |= {k: v for k in ("score_I", "stderr_I", "tokens_LE") if (v := getattr(s, k)) is not None}
+        arrays |= {k: v for k in ("score_I", "stderr_I", "stderr_IF", "tokens_LE") if (v := getattr(s, k)) is not None}
         arrays |= {f"tokens_{name}": v for name, v in s.tokens_by_modality.items()}
         facts = {
             "method": s.method,
@@ -109,13 +110,14 @@ def read_sensitivity(path: Path) -> Sensitivity:
                 arrays["cost_IF"],
                 arrays.get("score_I"),
                 arrays.get("stderr_I"),
+                arrays.get("stderr_IF"),
                 arrays.get("tokens_LE"),
                 {name: arrays[f"tokens_{name}"] for name in facts["modalities"]},
                 facts["unit"],
                 facts["data_digest"],
                 tuple(facts["notes"]),
             )
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as problem:
         raise BadInput(f"{path} cannot be read: {problem}", "delete it; it is made again") from None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,35 +155,44 @@ def routed(index_TK: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor
             yield e, picked // k, picked % k
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One expert's part in a forward pass: what was routed to it, and what its projections made of it.
+
+    `inputs` and `outputs` are {projection: [S, in]} and [S, out]; `tokens` [S] are positions among the layer's T.
+    """
+
+    expert: int
+    tokens: Tensor
+    weight: Tensor
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
 def plain_forward(
-    module: Any,
-    x_TH: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    see: Callable[[int, Tensor, Tensor, Tensor, Tensor], None] | None = None,
+    module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, see: Callable[[Seen], None] | None = None
 ) -> Tensor:
     """The experts' function written out, one expert after another; differentiable any number of times.
 
-    `see(expert, tokens, x [S, H], h [S, I], weight [S])` is shown each expert's routed inputs and `down`'s inputs.
+    `see` is shown each expert that some token chose.
     """
     out_TH = torch.zeros_like(x_TH)
-    experts = module.down_proj.shape[0]
     names = ("gate", "up") if module.has_gate else ("up",)
     w = weights(module)
     biases = {p: bias(module, p) for p in w}
 
-    def project(p: str, x: Tensor, e: int) -> Tensor:
-        b_EN = biases[p]
-        return linear(x, w[p][e], None if b_EN is None else b_EN[e])
+    def project(p: str, e: int, x: Tensor) -> Tensor:
+        b = biases[p]
+        return linear(x, w[p][e], None if b is None else b[e])
 
-    for e, tokens, choice in routed(index_TK, experts):
+    for e, tokens, choice in routed(index_TK, module.down_proj.shape[0]):
         x = x_TH[tokens]
-        h = activate(module, {p: project(p, x, e) for p in names})
+        top = {p: project(p, e, x) for p in names}
+        h = activate(module, top)
+        down = project("down", e, h)
         weight = weight_TK[tokens, choice]
         if see is not None:
-            see(e, tokens, x, h, weight)
-        y = project("down", h, e)
-        if getattr(module, "has_post_expert_norm", False):
-            y = module.post_expert_norm(y)
+            see(Seen(e, tokens, weight, dict.fromkeys(names, x) | {"down": h}, top | {"down": down}))
+        y = module.post_expert_norm(down) if getattr(module, "has_post_expert_norm", False) else down
         out_TH = out_TH.index_add(0, tokens, (y * weight.unsqueeze(-1)).to(out_TH.dtype))
     return out_TH

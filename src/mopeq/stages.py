@@ -326,6 +326,7 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
         scope=o.scope if o.sensitivity == "hybrid" else None,
         seed=o.seed if needs_data else None,
         data=calibration.digest if calibration and needs_data else None,
+        quantizer=o.method if SENSORS[o.sensitivity].by_method else None,
     )
     if (saved := run.load_sensitivity(digest)) is not None:
         say(f"sense: {o.sensitivity} taken from {run.sensitivity_path(digest)}")
@@ -342,6 +343,8 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
         model=lambda attention: source_model(job, attention),
         batches=shown.batches if shown else (),
         data_digest=shown.digest if shown else "",
+        quantizer=o.method,
+        memory_bytes=work_memory(job),
     )
     sensitivity: Sensitivity = pick(SENSORS, o.sensitivity, "sensitivity")(scene)
     run.save_sensitivity(digest, sensitivity)
@@ -435,7 +438,9 @@ def quantize_projection(
     packed: dict[LinearId, dict[str, Any]] = {}
     for fmt, members in by_format.items():
         m = None if moments is None else moments.of(projection)[members]
-        parts = method(w_ENC[members].float(), fmt, moments=m, seed=job.options.seed).pack()
+        w = w_ENC[members].float()
+        w = w if m is None else w.to(m.device)
+        parts = {k: v.cpu() for k, v in method(w, fmt, moments=m, seed=job.options.seed).pack().items()}
         packed |= {LinearId(layer, e, projection): {k: v[i] for k, v in parts.items()} for i, e in enumerate(members)}
     return dict(sorted(packed.items()))
 
@@ -445,9 +450,12 @@ def layer_moments(job: Job, calibration: Calibration | None, layers: set[int]) -
 
     assert calibration is not None
     model = source_model(job, None)
-    limit = (job.options.memory_bytes or available_memory()) // 2
-    found = collect(model, job.spec, calibration.batches, limit)
-    return {layer.layer: moments for layer, moments in found if layer.layer in layers}
+    return {layer.layer: m for layer, m in collect(model, job.spec, calibration.batches, work_memory(job), layers)}
+
+
+def work_memory(job: Job) -> int:
+    """What moments or candidates may take at a time: half of what is allowed beside the model."""
+    return (job.options.memory_bytes or available_memory()) // 2
 
 
 def write_checkpoint(job: Job, out: Path, map_: PrecisionMap, files: Mapping[int, Path]) -> int:

@@ -18,6 +18,7 @@ class Row:
     where: str  # "module:function", imported only when chosen
     says: str  # one line for --help
     needs_data: bool = False  # whether it shows calibration data to the model
+    by_method: bool = False  # whether its result depends on the quantizer
 
 
 def pick(table: Mapping[str, Row], name: str, what: str) -> Any:

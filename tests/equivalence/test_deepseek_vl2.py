@@ -285,6 +285,11 @@ def test_three_ways_of_asking_are_one(tmp_path):
     whole = [*parts, answer("a circle")]
     assert processor.apply_chat_template(whole, tokenize=True)[0, -1] == eos
     assert processor.apply_chat_template(whole, tokenize=True, continue_final_message=True)[0, -1] != eos
+    turns = [*whole, user("Why?")]
+    said = "a circle<｜end▁of▁sentence｜><|User|>: Why?\n\n<|Assistant|>:"
+    assert processor.apply_chat_template(turns) == text + said
+    ids = processor.apply_chat_template(turns, tokenize=True)[0]
+    assert processor.tokenizer.decode(ids[calls[0]["input_ids"].shape[1] :]) == said
     for wrong in ({"text": text}, {"text": text, "images": [shown, shown]}, {"conversations": original}):
         with pytest.raises(BadInput):
             processor(**wrong)

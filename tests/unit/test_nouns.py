@@ -91,7 +91,7 @@ def test_tensor_bytes() -> None:
     [
         ("0", 0), ("1073741824", 2**30), (512, 512), ("12GiB", 12 * 2**30), ("12 gib", 12 * 2**30), ("1kB", 1000),
         ("1KiB", 1024), ("2MB", 2 * 10**6), ("2MiB", 2**21), ("5GB", 5 * 10**9), ("1TB", 10**12), ("1TiB", 2**40),
-        ("0.5GiB", 2**29), ("1.5kB", 1500), (" 7B ", 7), ("3.2GB", 3_200_000_000),
+        ("0.5GiB", 2**29), ("1.5kB", 1500), (" 7B ", 7), ("3.2GB", 3_200_000_000), ("0.000001TB", 10**6), ("4.1GB", 4_100_000_000), ("8.2kB", 8200),
     ],
 )  # fmt: skip
 def test_sizes(text: str | int, nbytes: int) -> None:
@@ -105,7 +105,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_an_endless_number_is_refused_like_any_other() -> None:
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match="is no size"):
         parse_size("9" * 5000)
 
 
@@ -201,4 +201,4 @@ def test_linears_come_in_one_order() -> None:
 
 def test_digests_do_not_depend_on_key_order() -> None:
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
-    assert digest_of("x") == "b4ac25ff1b1ecc5f" or len(digest_of("x")) == 16
+    assert digest_of("x") == "ba2df4903a2c14e8"  # the first half of sha256 of the three bytes "x"

@@ -17,8 +17,11 @@ them would cancel and could be dropped at no loss, so at most 2D - 2 moves are n
 shape D is 2. (The same exchange proves that integer programs have optima near their relaxation: Eisenbrand and
 Weismantel, "Proximity results and faster algorithms for integer programming using the Steinitz lemma", 2018.)
 
-Optimal means: up to rounding of r, some 1e-16 of the costs concerned. The search has a limit, which many equal costs
-can meet where D is in the hundreds: the answer then comes with a gap, the sum of r, since no choice has a sum below 0.
+The same search without "at most one an item" is a shortest path (`ways.py`): it bounds what is still ahead, and its
+moves, made with real items, are the first answer. Where the two agree there is nothing to search. The search has a
+limit; an answer stopped there comes with its gap over the bound.
+
+Optimal means: up to rounding of r, some 1e-16 of the costs concerned.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class Moves:
         return Moves(self.item_M[of], self.to_M[of], self.units_M[of], self.first_M[of], self.cost_M[of])
 
 
-def cheapest(items: Items, edges: Edges, k: int, work_limit: int = WORK_LIMIT) -> tuple[Ints | None, float]:
+def cheapest(items: Items, edges: Edges, k: int, work_limit: int | None = None) -> tuple[Ints | None, float]:
     """The format of each item [I] of least cost whose units sum to k (None if no choice's do), and the proven gap.
 
     The gap is 0 unless the search was stopped at its limit; `first` is the least in any case. Raises TooWide if at the
@@ -68,7 +71,7 @@ def cheapest(items: Items, edges: Edges, k: int, work_limit: int = WORK_LIMIT) -
         return base_I, 0.0
     if need < 0 or taken == len(edges.item_J):
         return None, 0.0
-    repair = _repair(_reduced(items, edges, base_I, taken), need, work_limit)
+    repair = _repair(_reduced(items, edges, base_I, taken), need, WORK_LIMIT if work_limit is None else work_limit)
     if repair is None:
         return None, 0.0
     made, moves, gap = repair
@@ -159,19 +162,22 @@ def _ways(moves: Moves, need: int) -> Ways:
 
 
 def _follow(moves: Moves, ways: Ways, need: int) -> tuple[tuple[int, float], list[int]]:
-    """The least way made with real moves, for each change the cheapest of an item not yet moved; NONE if they run out.
+    """The least way made with real moves, for each change the cheapest of an item not yet moved.
 
-    Summed from the end, as `least_ways` does: where all moves of a change cost the same, the two sums are the same.
+    Where they run out: the cheapest single move that makes up `need`, and if there is none, NONE. Summed from the end,
+    as `least_ways` does: where all moves of a change cost the same, the two sums are the same.
     """
-    path, used, made = ways.path(0, need), set(), []
     order = np.lexsort((moves.cost_M, moves.first_M))
+    path, used, made = ways.path(0, need), set(), []
     queues = {d: iter(order[moves.units_M[order] == d].tolist()) for d in set(path)}
     for d in path:
         m = next((m for m in queues[d] if int(moves.item_M[m]) not in used), None)
         if m is None:
-            return NONE, []
+            break
         used.add(int(moves.item_M[m]))
         made.append(m)
+    if not path or len(made) < len(path):
+        made = order[moves.units_M[order] == need][:1].tolist()
     first, cost = 0, 0.0
     for m in reversed(made):
         first, cost = first + int(moves.first_M[m]), cost + float(moves.cost_M[m])

@@ -26,7 +26,7 @@ from mopeq.alloc.hull import Floats, Ints, Items, hull_edges, make_items
 from mopeq.alloc.split import by_step, cheapest_split
 from mopeq.errors import BadInput
 
-FIRST_TRY = 1_000_000  # work given to treating all shapes together before splitting the total among them
+FIRST_TRY = 200_000  # work given to treating all shapes together before splitting the total among them
 MOST_PARTS = 8  # steps among which a total is shared
 LARGEST = 2**48  # of a first-level cost times the units of a move: sums of a few thousand stay within 64 bits
 

@@ -24,7 +24,7 @@ FAR = 2**61  # no way found
 
 @dataclass(frozen=True)
 class Ways:
-    """For each sum u = low, low + 1, ...: the least (first, cost) of a way to the aim, and the change it starts with."""
+    """For each sum u = low, low + 1, ...: the least (first, cost) of a way to the aim, and its first change."""
 
     low: int
     first_U: Ints

@@ -12,7 +12,7 @@ from mopeq.families import FAMILIES, WHERE_TO_ADD, Family
 from mopeq.nouns import FLOATS, PROJECTIONS, MoELayer, MoESpec, Place, TensorInfo
 
 EACH_NAME = re.compile(
-    r"(?P<prefix>.*\bexperts)\.(?P<e>\d+)\.(?P<p>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<what>weight|bias)"
+    r"(?P<prefix>.*\bexperts)\.(?P<e>\d{1,9})\.(?P<p>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<what>weight|bias)"
 )
 PROJECTION_OF = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -102,9 +102,9 @@ def per_expert_layers(tensors: Mapping[str, TensorInfo]) -> tuple[MoELayer, ...]
         experts = 1 + max(max(slot) for slot in slots.values())
         shapes, places, bias_places = {}, {}, {}
         for (projection, what), slot in slots.items():
-            missing = [e for e in range(experts) if e not in slot]
-            if missing:
-                raise BadInput(f"{prefix}.{missing[0]} has no {projection} {what}", "fetch the checkpoint again")
+            missing = next((e for e in range(experts) if e not in slot), None)  # lazily: a name can claim any number
+            if missing is not None:
+                raise BadInput(f"{prefix}.{missing} has no {projection} {what}", "fetch the checkpoint again")
             first = check_alike(slot.values(), 2 if what == "weight" else 1)
             name = f"{prefix}.{{e}}.{words[prefix, projection]}.{what}"
             if what == "weight":

@@ -101,20 +101,13 @@ class MopeqQuantizer(HfQuantizer):
         experts = tuple(f"{prefix}." for prefix in self.quantization_config.formats)
         for stored in sorted(n for n in names if n.endswith(".qweight") and not n.startswith(experts)):
             key = stored.removesuffix(".qweight") + ".weight"
-            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            name = target.removesuffix(".weight")
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                continue  # a tensor this model does not build, such as an unused pooling head
-            if isinstance(module, nn.Linear):
-                replace(model, name, PackedLinear(fmt, module))
-            elif isinstance(module, nn.Embedding):
-                replace(model, name, PackedEmbedding(fmt, module))
-            else:
-                raise MopeqError(
-                    f"{stored}: a packed {type(module).__name__} is not supported", "make it with --other-bits 16"
-                )
+            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            targets = [target]
+            if pattern is not None:  # a fused matrix that the model holds in parts
+                parts = next(x for x in converters if pattern in x.source_patterns).target_patterns
+                targets = [target.replace(parts[0], part) for part in parts]
+            for name in (t.removesuffix(".weight") for t in targets):
+                self.pack_other(model, stored, name, fmt)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear) and tied:
@@ -125,6 +118,21 @@ class MopeqQuantizer(HfQuantizer):
                 if isinstance(keys, dict):
                     setattr(model, attribute, {k: v for k, v in keys.items() if k != f"{name}.weight"})
 
+    def pack_other(self, model: Any, stored: str, name: str, fmt: Format) -> None:
+        """Replace the linear or embedding called `name`."""
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            return  # a tensor this model does not build, such as an unused pooling head
+        if isinstance(module, nn.Linear):
+            replace(model, name, PackedLinear(fmt, module))
+        elif isinstance(module, nn.Embedding):
+            replace(model, name, PackedEmbedding(fmt, module))
+        else:
+            raise MopeqError(
+                f"{stored}: a packed {type(module).__name__} is not supported", "make it with --other-bits 16"
+            )
+
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Leave out what would fuse experts: packed ones are stored and held under the same names."""
         ends = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
@@ -133,7 +141,7 @@ class MopeqQuantizer(HfQuantizer):
             targets = [t.removesuffix("$").removesuffix("_bias") for t in conversion.target_patterns]
             fuses = [t for t in targets if t.endswith(ends) and not t.endswith(tuple(f"shared_{e}" for e in ends))]
             if not fuses:
-                kept.append(conversion)
+                kept += [conversion, *packed_splits(conversion)]
         return kept
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -151,6 +159,30 @@ class MopeqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def packed_splits(conversion: Any) -> list[Any]:
+    """For a conversion that splits a fused matrix's outputs, the same for its packed tensors: rows of codes and scales,
+    columns of zero points (whose cuts must lie on bytes, which sealing checks)."""
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    if not isinstance(conversion, WeightConverter):
+        return []
+    (op, *more), sources, targets = conversion.operations, conversion.source_patterns, conversion.target_patterns
+    if more or not isinstance(op, Chunk) or op.dim != 0 or not all(t.endswith(".weight") for t in (*sources, *targets)):
+        return []
+
+    def ending(names: list[str], suffix: str) -> list[str]:
+        return [name.removesuffix("weight") + suffix for name in names]
+
+    return [
+        WeightConverter(ending(sources, suffix), ending(targets, suffix), operations=[Chunk(dim=dim)])
+        for suffix, dim in (("qweight", 0), ("scales", 0), ("zeros", 1))
+    ]
+
+
+def register() -> None:
+    """Importing this module registers, by the decorators above; this is the hook's name for it."""
 
 
 def read_folder(checkpoint_files: Any) -> set[str]:

@@ -4,6 +4,11 @@ from mopeq.tables import Row
 
 QUANTIZERS: dict[str, Row] = {
     "rtn": Row("mopeq.quant.rtn:quantize", "round to nearest; needs no data"),
+    "gptq": Row(
+        "mopeq.quant.gptq:quantize",
+        "columns rounded in turn, each error made good by those to come, on each expert's routed inputs",
+        needs_data=True,
+    ),
     "signround": Row(
         "mopeq.quant.signround:quantize",
         "rounding offsets and clipping learned by signed gradient descent on each expert's routed inputs",

@@ -102,6 +102,12 @@ class Evaluation:
     losses: tuple[Loss, ...]
     tasks: tuple[Task, ...]
 
+    @property
+    def words(self) -> str:
+        said = dict(self.setting)
+        limit = "" if said["limit"] == "none" else f", at most {said['limit']} rows of each kind"
+        return f"against {said['against']} on {said['data']}, windows of {said['window']} tokens{limit}"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -165,11 +171,12 @@ def widths_of(map_: PrecisionMap) -> Widths:
 def senses_of(s: Sensitivity, widths: Widths, says: str) -> Senses:
     """The same panels as the map's: a map tied over projections was chosen by the sums over them."""
     if s.score_I is not None:
-        value_I, shows = s.score_I, "score"
+        value_I, stderr_I, shows = s.score_I, s.stderr_I, "score"
     else:
         f = min(range(len(s.formats)), key=lambda i: (stored_bits(s.formats[i]), s.formats[i]))
         unit = "nats per token" if "nat" in s.unit else s.unit
         value_I, shows = s.cost_IF[:, f], f"cost of {s.formats[f].name} in {unit}"
+        stderr_I = None if s.stderr_IF is None else s.stderr_IF[:, f]
     grids = {}
     for p in PROJECTIONS:
         if places := [n for n, i in enumerate(s.linears) if i.projection == p]:
@@ -190,17 +197,17 @@ def senses_of(s: Sensitivity, widths: Widths, says: str) -> Senses:
         by_modality = {"tokens": tokens(s.tokens_LE)}
     reached = None if s.tokens_LE is None else s.tokens_LE > 0
     return Senses(
-        s.method, says, shows, widths.layers, grids, by_modality, reached, (*s.notes, *error_note(s, value_I))
+        s.method, says, shows, widths.layers, grids, by_modality, reached, (*s.notes, *error_note(value_I, stderr_I))
     )
 
 
-def error_note(s: Sensitivity, value_I: np.ndarray) -> tuple[str, ...]:
+def error_note(value_I: np.ndarray, stderr_I: np.ndarray | None) -> tuple[str, ...]:
     """How far the standard errors let the values be told apart from zero."""
-    if s.stderr_I is None:
+    if stderr_I is None:
         return ()
-    if not np.isfinite(s.stderr_I).all():
+    if not np.isfinite(stderr_I).all():
         return ("no standard error is known: one sample has no spread",)
-    lost = int((np.abs(value_I) <= 2 * s.stderr_I).sum())
+    lost = int((np.abs(value_I) <= 2 * stderr_I).sum())
     return (f"{lost:,} of {len(value_I):,} matrices lie within two standard errors of zero",)
 
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from mopeq.report.scales import SHADES, Scale
 from mopeq.report.svg import number, significant, svg
 
-HEAT_WIDTH = 1020  # px of cells a heat map aims for
+HEAT_WIDTH = 1030  # px of cells a heat map aims for
 LEFT, TOP, RIGHT = 34, 22, 46
 
 
@@ -68,10 +68,19 @@ def heat_map(cells: Cells, title: str) -> Markup:
             for i, text in enumerate(cells.margin)
             if i % step == 0
         ]
-    parts.append(f'<rect class="cur" width="{w}" height="{h}" visibility="hidden"/>')
+    box = f'x="-1" width="{w + 1}" height="{h}"'
+    parts.append(f'<g class="cur" visibility="hidden"><rect class="halo" {box}/><rect {box}/></g>')
     place = f' data-x="{LEFT}" data-y="{TOP}" data-w="{w}" data-h="{h}"'
     place += f' data-rows="{rows}" data-columns="{columns}"'
-    return svg(width, height, "".join(parts), title, "heat", place, least=min(width, 80 + 4.5 * columns))
+    return svg(
+        width,
+        height,
+        "".join(parts),
+        title,
+        "heat",
+        place,
+        least=width - columns * (w - min(w, max(5.0, 360 / columns))),
+    )
 
 
 def paths(cells: Cells, w: int, h: int) -> str:
@@ -142,7 +151,8 @@ def colour_bar(scale: Scale, family: str) -> Markup:
     blocks = [f'<rect class="{family}{i}" x="{left + i * w}" width="{w}" height="12"/>' for i in range(SHADES)]
     for i, value in enumerate(ticks):
         x = left + SHADES * w * (i / (len(ticks) - 1) if len(ticks) > 1 else 0.5)
-        blocks.append(f'<text class="ax c" x="{number(x)}" y="25">{significant(value)}</text>')
+        words = ("≤ " if scale.clipped and i == 0 else "") + significant(value, 2)
+        blocks.append(f'<text class="ax c" x="{number(x)}" y="25">{words}</text>')
     kind = "logarithmic" if scale.log else "linear"
     title = f"colour scale, {kind}, from {significant(ticks[0])} to {significant(ticks[-1])}"
     return svg(2 * left + SHADES * w, 29, "".join(blocks), title, "bar")

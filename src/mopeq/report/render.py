@@ -46,7 +46,7 @@ def render(subjects: Sequence[Subject]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "sig": significant, "percent": percent}
+    environment.filters |= {"size": size, "sig": significant, "percent": percent, "count": count_words}
     environment.globals |= {"role_words": lambda role: ROLE_WORDS.get(role, role)}
     script = (HERE / "script.js").read_text(encoding="utf-8")
     formats = sorted({f for s in subjects if s.widths for f in s.widths.formats}, key=format_order)
@@ -77,6 +77,11 @@ def size(nbytes: float | None) -> str:
 
 def percent(x: float | None, digits: int = 1) -> str:
     return "–" if x is None else f"{100 * x:.{digits}f} %"
+
+
+def count_words(parameters: float) -> str:
+    """A number of parameters for people."""
+    return f"{significant(parameters / 1e9)} B" if parameters >= 1e9 else f"{significant(parameters / 1e6)} M"
 
 
 def shade_rules() -> str:
@@ -290,7 +295,7 @@ def compare(subjects: Sequence[Subject]) -> dict[str, Any]:
     scores = {s.name: {t.name: t for t in s.evaluation.tasks} for s in subjects if s.evaluation}
     return {
         "scatter": compare_scatter(subjects, alike) if len(alike) > 1 else "",
-        "setting": first,
+        "setting": measured[0].evaluation.words if measured and measured[0].evaluation else "",
         "apart": [s for s in measured if s not in alike],
         "unmeasured": [s for s in subjects if s not in measured],
         "sources": sorted({s.source for s in subjects}),

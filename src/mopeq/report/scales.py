@@ -14,6 +14,7 @@ WIDTH_SHADES = 8
 SHADES = 12  # of a sensitivity or a token count
 LOG_FROM = 30.0  # a positive range wider than this factor is drawn on a log scale
 LOG_DECADES = 6  # and no deeper than this below its top
+LOG_CLIP = 0.01  # of the positive values may lie below a log scale's low end, lest a few wash out the rest
 # (lightest in light mode, darkest), (darkest in dark mode, lightest): few is close to the page, many stands out
 RAMPS = {
     "w": (("#dfe8f5", "#12305f"), ("#1e2c42", "#b4d2ff")),
@@ -54,9 +55,9 @@ def luminance(hex_colour: str) -> float:
 
 
 def ink_on(hex_colour: str) -> str:
-    """Near-black or white, whichever contrasts more."""
+    """Black or white, whichever contrasts more: at least 4.58 to 1 on any colour."""
     y = luminance(hex_colour) + 0.05
-    return "#10131a" if y / (luminance("#10131a") + 0.05) > 1.05 / y else "#ffffff"
+    return "#000000" if y / 0.05 > 1.05 / y else "#ffffff"
 
 
 def ramp(family: str, dark: bool) -> list[str]:
@@ -90,6 +91,7 @@ class Scale:
     low: float
     high: float
     log: bool
+    clipped: bool = False  # some values lie below `low` and take the lowest shade
 
     def shade(self, values: np.ndarray) -> np.ndarray:
         """0 … SHADES-1; -1 where there is no number. On a log scale, zero and below take the lowest."""
@@ -119,5 +121,6 @@ def scale_of(values: np.ndarray) -> Scale:
         return Scale(0.0, 0.0, False)
     high, positive = float(known.max()), known[known > 0]
     if positive.size and high > LOG_FROM * float(positive.min()):
-        return Scale(max(float(positive.min()), high * 10.0**-LOG_DECADES), high, True)
+        low = max(float(np.quantile(positive, LOG_CLIP, method="lower")), high * 10.0**-LOG_DECADES)
+        return Scale(low, high, True, bool((positive < low).any()))
     return Scale(float(known.min()), high, False)

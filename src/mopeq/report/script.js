@@ -23,8 +23,7 @@
       const cursor = svgOf(other).querySelector(".cur"), s = shape(other);
       cursor.setAttribute("visibility", row === null ? "hidden" : "visible");
       if (row === null) continue;
-      cursor.setAttribute("x", s.x + column * s.w - 0.5);
-      cursor.setAttribute("y", s.y + row * s.h);
+      cursor.setAttribute("transform", `translate(${s.x + column * s.w} ${s.y + row * s.h})`);
     }
     if (row !== null) map.closest("figure").querySelector(".read").textContent = words(checkpoints[map.dataset.checkpoint], row, column);
   }

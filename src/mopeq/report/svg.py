@@ -24,7 +24,8 @@ def significant(x: float | None, digits: int = 3) -> str:
     size = math.floor(math.log10(abs(x)))
     if -4 <= size < 6:
         return f"{x:,.{max(0, digits - 1 - size)}f}"
-    return f"{x:.{digits - 1}e}"
+    mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def svg(

@@ -38,6 +38,11 @@ class Counts:
         self.masks = {"text": valid & ~image, "image": valid & image}
 
     def __call__(self, module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        self.see(module, index_TK, weight_TK)
+        return plain_forward(module, x_TH, index_TK, weight_TK)
+
+    def see(self, module: Any, index_TK: Tensor, weight_TK: Tensor) -> None:
+        """Count one layer's routing of the batch that runs."""
         row = self.row[id(module)]
         inside_TK = (index_TK >= 0) & (index_TK < self.experts)
         for name, mask_T in self.masks.items():
@@ -46,7 +51,6 @@ class Counts:
         counted = (self.masks["text"] | self.masks["image"]).to(index_TK.device)[:, None] & inside_TK
         weights = torch.bincount(index_TK[counted], weight_TK[counted].detach().double(), minlength=self.experts)
         self.gate_weight[row] += weights.cpu()
-        return plain_forward(module, x_TH, index_TK, weight_TK)
 
     @property
     def total(self) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mopeq.data.encode import model_inputs
 from mopeq.nouns import MoELayer, MoESpec
 from mopeq.progress import progress
-from mopeq.seam import model_layers, plain_forward, watch
+from mopeq.seam import Seen, model_layers, plain_forward, watch
 
 Batch = dict[str, Tensor]
 
@@ -52,17 +52,19 @@ def layer_bytes(layer: MoELayer) -> int:
 
 
 def collect(
-    model: Any, spec: MoESpec, batches: Sequence[Batch], memory_bytes: int
+    model: Any, spec: MoESpec, batches: Sequence[Batch], memory_bytes: int, wanted: set[int] | None = None
 ) -> Iterator[tuple[MoELayer, Moments]]:
-    """Each MoE layer's moments, as many layers a pass over the data as `memory_bytes` allows (at least one)."""
-    pairs = model_layers(spec, model)
+    """The moments of the MoE layers wanted (all by default), as many a pass over the data as `memory_bytes` allows,
+    at least one."""
+    pairs = [pair for pair in model_layers(spec, model) if wanted is None or pair[0].layer in wanted]
     at = 0
     while at < len(pairs):
         end, used = at, 0
         while end < len(pairs) and (end == at or used + layer_bytes(pairs[end][0]) <= memory_bytes):
             used += layer_bytes(pairs[end][0])
             end += 1
-        yield from one_pass(model, pairs[at:end], batches, f"calibrate: layers {at + 1}-{end} of {len(pairs)}")
+        what = "calibrate" if end - at == len(pairs) else f"calibrate: layers {at + 1}-{end} of {len(pairs)}"
+        yield from one_pass(model, pairs[at:end], batches, what)
         at = end
 
 
@@ -85,12 +87,12 @@ def one_pass(
         if moments is None:
             return plain_forward(module, x_TH, index_TK, weight_TK)
 
-        def see(e: int, tokens: Tensor, x: Tensor, h: Tensor, weight: Tensor) -> None:
-            keep = valid_T[tokens]
-            x, h = x[keep].float(), h[keep].float()
-            moments.x[e].addmm_(x.T, x)
-            moments.h[e].addmm_(h.T, h)
-            moments.tokens_E[e] += x.shape[0]
+        def see(seen: Seen) -> None:
+            keep = valid_T[seen.tokens]
+            x, h = seen.inputs["up"][keep].float(), seen.inputs["down"][keep].float()
+            moments.x[seen.expert].addmm_(x.T, x)
+            moments.h[seen.expert].addmm_(h.T, h)
+            moments.tokens_E[seen.expert] += x.shape[0]
 
         return plain_forward(module, x_TH, index_TK, weight_TK, see)
 

@@ -17,10 +17,11 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Scene:
-    """A checkpoint, the formats in question, and for those who need it a model and calibration batches.
+    """A checkpoint, the formats in question, and for those who need it a model, calibration batches, a quantizer.
 
     `model(attention)` loads the model (float32 on CPU); `batches` are encoded calibration, each with `image_mask`
-    where pictures are in it. `scope` is "model" or "layer", for scores that are scaled before they are combined.
+    where pictures are in it. `scope` is "model" or "layer", for scores that are scaled before they are combined. `quantizer` is a row's
+    name in QUANTIZERS; `memory_bytes` is what candidates and moments may take at a time.
     """
 
     folder: Path
@@ -31,6 +32,8 @@ class Scene:
     model: Callable[[str | None], Any] | None = None
     batches: tuple[Batch, ...] = ()
     data_digest: str = ""
+    quantizer: str = "rtn"
+    memory_bytes: int = 1 << 32
 
 
 def from_scores(
@@ -53,11 +56,10 @@ def from_scores(
         cost_IF,
         score_I,
         stderr_I,
-        tokens_LE,
-        tokens_by_modality or {},
-        "score",
-        scene.data_digest,
-        notes,
+        tokens_LE=tokens_LE,
+        tokens_by_modality=tokens_by_modality or {},
+        data_digest=scene.data_digest,
+        notes=notes,
     )
 
 

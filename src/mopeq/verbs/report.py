@@ -25,7 +25,9 @@ from mopeq.report.facts import (
     Subject,
     Widths,
     read_evaluation,
+    real,
     senses_of,
+    whole_number,
     widths_of,
 )
 from mopeq.rundir import read_sensitivity
@@ -56,9 +58,10 @@ def write(out_or_run: list[Path], output: Path) -> dict[str, Any]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that tell them apart; a hidden folder's name needs its parent's."""
     parts = [p.resolve().parts for p in paths]
-    for n in range(1, max(map(len, parts)) + 1):
+    least = 2 if any(p[-1].startswith(".") for p in parts) else 1
+    for n in range(least, max(map(len, parts)) + 1):
         names = ["/".join(p[-n:]) for p in parts]
         if len(set(names)) == len(names):
             return names
@@ -91,6 +94,8 @@ def gather_checkpoint(out: Path, name: str) -> Subject:
     spec = read_object(run / "spec.json") if (run / "spec.json").exists() else {}
     if spec.get("bytes_source") != result.get("bytes_source"):
         spec = {}  # a shared run directory holds the forecast of the job that used it last, here of another source
+    elif spec.get("predicted_bytes") not in (None, result.get("bytes_weights")):
+        spec.pop("bytes_by_bits", None)  # and here of another budget or width of the rest
     widths = widths_of(map_)
     again = quantize_command(source, out, options)
     missing: dict[str, Missing] = {}
@@ -106,14 +111,14 @@ def gather_checkpoint(out: Path, name: str) -> Subject:
         name=name,
         source=Path(source).name or source,
         model_type=str(spec.get("model_type") or read_json(out / "config.json").get("model_type", "")),
-        params=spec.get("params"),
-        expert_params=spec.get("expert_params"),
-        bytes_source=result.get("bytes_source"),
-        bytes_weights=result.get("bytes_weights"),
-        code_bits=result.get("avg_expert_bits"),
-        effective_bits=result.get("avg_expert_bits_effective"),
+        params=whole_number(spec.get("params")),
+        expert_params=whole_number(spec.get("expert_params")),
+        bytes_source=whole_number(result.get("bytes_source")),
+        bytes_weights=whole_number(result.get("bytes_weights")),
+        code_bits=real(result.get("avg_expert_bits")),
+        effective_bits=real(result.get("avg_expert_bits_effective")),
         bytes_by_bits=by_bits(spec),
-        parts=parts(table(spec, "bytes_by_role"), packed_parts(out, map_)),
+        parts=parts(counts(table(spec, "bytes_by_role")), packed_parts(out, map_)),
         widths=widths,
         senses=senses,
         evaluation=evaluation,
@@ -137,31 +142,35 @@ def table(body: Mapping[str, Any], key: str) -> dict[str, Any]:
     return body[key] if isinstance(body.get(key), dict) else {}
 
 
+def counts(body: Mapping[str, Any]) -> dict[str, int]:
+    """The whole numbers of an object."""
+    return {k: v for k, v in body.items() if type(v) is int}
+
+
 def listed(body: Mapping[str, Any], key: str) -> list[Any]:
     return body[key] if isinstance(body.get(key), list) else []
 
 
 def by_bits(spec: Mapping[str, Any]) -> dict[str, int]:
     """Uniform sizes of the forecast, fewest bits first."""
-    return dict(sorted(table(spec, "bytes_by_bits").items(), key=lambda kv: int(kv[0])))
+    return dict(sorted(counts(table(spec, "bytes_by_bits")).items(), key=lambda kv: (len(kv[0]), kv[0])))
 
 
 def packed_parts(out: Path, map_: PrecisionMap) -> dict[str, dict[str, int]]:
     """{role: {kind: bytes}} of the packed tensors, by the shards' headers."""
-    tensors = open_checkpoint(out).tensors
-    stems = {f"{prefix}." for prefix in map_.prefixes.values()}
-    routed: dict[str, TensorInfo] = {}
-    others: dict[str, TensorInfo] = {}
-    for tensor_name, tensor in tensors.items():
-        stem, rest = next(((s, tensor_name[len(s) :]) for s in stems if tensor_name.startswith(s)), ("", ""))
-        (routed if stem and rest.split(".")[0].isdigit() else others)[tensor_name] = tensor
-    experts = {layer: sum(i.layer == layer for i in map_) for layer in map_.prefixes}
-    layers = tuple(MoELayer(n, prefix, experts[n], {}, {}) for n, prefix in map_.prefixes.items())
+    prefixes = set(map_.prefixes.values())
     found: dict[str, dict[str, int]] = {}
-    for tensor_name, tensor in routed.items():
-        add(found, "routed expert", KINDS.get(tensor_name.rpartition(".")[2], "other"), tensor.nbytes)
-    for tensor_name, role in roles(others, layers).items():
-        add(found, role, "all", others[tensor_name].nbytes)
+    others: dict[str, TensorInfo] = {}
+    for name, tensor in open_checkpoint(out).tensors.items():
+        stem, *rest = name.rsplit(".", 3)  # <prefix>.<expert>.<projection>_proj.<suffix>
+        if stem in prefixes and rest[0].isdigit():
+            add(found, "routed expert", KINDS.get(rest[-1], "other"), tensor.nbytes)
+        else:
+            others[name] = tensor
+    experts = {i.layer: i.expert + 1 for i in sorted(map_)}
+    layers = tuple(MoELayer(n, prefix, experts[n], {}, {}) for n, prefix in map_.prefixes.items())
+    for name, role in roles(others, layers).items():
+        add(found, role, "all", others[name].nbytes)
     return found
 
 
@@ -317,7 +326,7 @@ def made(
         ("calibration digest", calibration.get("digest") or "no data was shown"),
         ("calibration tokens", f"{calibration['tokens']:,}" if type(calibration.get("tokens")) is int else None),
     ]
-    seconds, memory, difference = (result.get(k) for k in ("seconds", "peak_rss_bytes", "read_back"))
+    seconds, memory, difference = (real(result.get(k)) for k in ("seconds", "peak_rss_bytes", "read_back"))
     outcome = [
         ("finished", facts.get("finished")),
         ("time", None if seconds is None else duration(seconds)),
@@ -371,14 +380,14 @@ def gather_run(run: Path, name: str) -> Subject:
         name=name,
         source=f"a {spec.get('model_type', 'model')} checkpoint",
         model_type="",
-        params=spec.get("params"),
-        expert_params=spec.get("expert_params"),
-        bytes_source=spec.get("bytes_source"),
-        bytes_weights=spec.get("predicted_bytes"),
+        params=whole_number(spec.get("params")),
+        expert_params=whole_number(spec.get("expert_params")),
+        bytes_source=whole_number(spec.get("bytes_source")),
+        bytes_weights=whole_number(spec.get("predicted_bytes")),
         code_bits=None,
         effective_bits=None,
         bytes_by_bits=by_bits(spec),
-        parts=parts(table(spec, "bytes_by_role"), {}),
+        parts=parts(counts(table(spec, "bytes_by_role")), {}),
         widths=widths,
         senses=senses,
         evaluation=None,

@@ -307,11 +307,13 @@ class DeepseekVLV2Processor(ProcessorMixin):
         return out if return_dict else out["input_ids"]
 
     def text_of(self, messages: list[dict[str, Any]], open_ended: bool) -> str:
-        """The conversation as the original writes it: with a space before each answer, and without bos."""
+        """The text whose tokens, turn by turn, the model is given, without bos.
+
+        The original prints a space before each answer, and feeds its model none.
+        """
         text = ""
         for role, said in self.turns(messages)[0]:
-            answered = role == "assistant" and said
-            text += f" {said}{self.tokenizer.eos_token}" if answered else said
+            text += said + (self.tokenizer.eos_token if role == "assistant" and said else "")
         return text.removesuffix(self.tokenizer.eos_token) if open_ended else text
 
     @property

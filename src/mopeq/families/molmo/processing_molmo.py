@@ -67,6 +67,7 @@ class MolmoProcessor(ProcessorMixin):
         self.image_ids = tokenizer.convert_tokens_to_ids([START, END, PATCH, COLUMN])
         if None in self.image_ids or tokenizer.unk_token_id in self.image_ids:
             raise BadInput(f"the tokenizer lacks {START} and its kin", "take the tokenizer files of MolmoE itself")
+        self.image_token_id = self.image_ids[2]
         super().__init__(tokenizer, chat_template=chat_template)
 
     @classmethod
