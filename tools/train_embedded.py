@@ -395,11 +395,15 @@ def answer(net: Net, encoder: Encoder, items: list[world.Item], most: int = 14, 
         cos, sin = net.rotary(rows)
         valid = torch.ones(len(part) * (HEAD + length), device=net.device)
         line = torch.arange(len(part), device=net.device)
+        ended = torch.zeros(len(part), dtype=torch.bool, device=net.device)
         for turn in range(most):
             x, more = net.place(head, tails, seen, deep)
             states, _, _ = net.think(x.flatten(0, 1), more.flatten(0, 1), rows, cos, sin, valid)
             states = states.view(len(part), HEAD + length, -1)[line, HEAD + at + turn - 1]
             tails[line, at + turn] = net.logits(states).argmax(-1)
+            ended |= tails[line, at + turn] == files.STOP
+            if ended.all():
+                break
         for place, tokens in enumerate(starts):
             said = tails[place, len(tokens) : len(tokens) + most].tolist()
             answers.append(said[: said.index(files.STOP)] if files.STOP in said else said)

@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     at = 0
     for start, end, name in sorted(spans):
         if start != at:
-            raise refuse(f"{name} starts at {start} of the data, {'inside' if start < at else 'apart from'} the one before")
+            where = "inside" if start < at else "apart from"
+            raise refuse(f"{name} starts at {start} of the data, {where} the one before")
         at = end
     if 8 + length + at != size:
         raise refuse(f"{size - 8 - length - at} bytes at its end belong to no tensor")

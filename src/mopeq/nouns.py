@@ -261,8 +261,9 @@ class Sensitivity:
 
     `cost_IF` has the spec's linears by rows and `formats` by columns: loss in nats per token where the method gives
     one, else a score times 4^-bits. `score_I` is the raw score of methods that know no formats (else None),
-    `stderr_I` its standard error where there is one (`stderr_IF` that of costs that were measured per format). `tokens_LE`: calibration tokens seen per layer and expert
-    (None without data); `tokens_by_modality` the same apart for "text" and "image".
+    `stderr_I` its standard error where there is one (`stderr_IF` that of costs that were measured per format).
+    `tokens_LE`: calibration tokens seen per layer and expert (None without data); `tokens_by_modality` the same apart
+    for "text" and "image".
     """
 
     method: str

@@ -21,7 +21,7 @@ DEFAULT_AVG_BITS = 3.0
 
 @dataclass(frozen=True)
 class Options:
-    """One field per flag of `mopeq quantize`; see DESIGN §3 for what each means."""
+    """One field per flag of `mopeq quantize`; see docs/commands.md for what each means."""
 
     bits: str | tuple[int, ...] = (2, 3, 4)
     avg_bits: float | None = None

@@ -149,7 +149,7 @@ class Target:
 
 
 def target(spec: MoESpec, problem: Problem, budget: Budget, fixed: int) -> Target:
-    """The largest total that the shapes can reach under the budget (DESIGN: spent exactly, whatever the costs)."""
+    """The largest total that the shapes can reach under the budget (spent exactly, whatever the costs)."""
     from mopeq.alloc.reach import largest_code_total, largest_total
 
     if budget.avg_bits is not None:

@@ -117,7 +117,7 @@ def open_job(model: str | Path, options: Options) -> Job:
 
 
 def plan(model: str | Path, **options: Any) -> dict[str, Any]:
-    """Sizes from headers alone, before any weight is read: what `mopeq plan --json` prints (DESIGN §3)."""
+    """Sizes from headers alone, before any weight is read: what `mopeq plan --json` prints (docs/commands.md)."""
     job = open_job(model, Options(**options))
     return forecast(job)
 
@@ -181,7 +181,7 @@ def plan_notes(job: Job) -> list[str]:
 
 
 def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
-    """The whole line: MODEL to a packed checkpoint in OUT, resumable. Returns what `--json` prints (DESIGN §3)."""
+    """The whole line, resumable: MODEL to a packed checkpoint. Returns what `--json` prints (docs/commands.md)."""
     started = time.monotonic()
     job, out = open_job(model, Options(**options)), Path(out)
     predicted = job.predicted_bytes  # whether the budget can be met is checked before anything else

@@ -98,6 +98,24 @@ def test_sharing_among_steps_equals_brute_force(problem):
         check_against_brute(cost_IF, weight_IF, total)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 60), st.sampled_from([(1, 5), (3, 4), (6, 10, 15)]))
+def test_sharing_where_bounds_are_loose(seed, items, steps):
+    """Costs far from convex, so that the sharing of the lowest bound is often not the best."""
+    rng = np.random.default_rng(seed)
+    step_I = np.array(steps)[rng.integers(0, len(steps), items)]
+    weight_IF = step_I[:, None] * np.array([0, 1, 3, 4])
+    cost_IF = rng.random((items, 4))
+    total = int(weight_IF[np.arange(items), rng.integers(0, 4, items)].sum())
+    want = solve(cost_IF, weight_IF, total)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "FIRST_TRY", -1)
+        found = solve(cost_IF, weight_IF, total)
+    assert weight_IF[np.arange(items), found.choice_I].sum() == total
+    assert want.gap == found.gap == 0.0
+    assert found.cost == pytest.approx(want.cost, rel=1e-12)
+
+
 @settings(max_examples=150, deadline=None)
 @given(problems())
 def test_without_the_table_of_ways_the_answer_is_the_same(problem):

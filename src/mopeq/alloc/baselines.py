@@ -58,8 +58,11 @@ def _meets(weight_IF: Ints, total: int, bytes_IF: Ints | None, bytes_total: int 
 
 
 def costs_from_scores(score_I: Floats, bits_F: Sequence[int]) -> Floats:
-    """One score per item made a cost per format: score * 4^(-bits), the usual decline of rounding noise."""
-    return np.asarray(score_I, dtype=np.float64)[:, None] * 4.0 ** -np.asarray(bits_F, dtype=np.float64)
+    """One score per item made a cost per format: score * 4^(-bits), the usual decline of rounding noise.
+
+    Negative scores give negative costs, which the knapsack takes but `running_min` would make 0.
+    """
+    return np.ldexp(np.asarray(score_I, dtype=np.float64)[:, None], -2 * np.asarray(bits_F, dtype=np.int64))
 
 
 def running_min(cost_IF: Floats) -> Floats:

@@ -75,4 +75,6 @@ def random(q: Question) -> np.ndarray:
     assert q.target is not None
     if q.target.code_bits is None:
         return baselines.random_mix(q.problem.bytes_JF, q.target.expert_bytes, q.seed)
-    return baselines.random_mix(q.problem.code_JF, q.target.code_bits, q.seed, q.problem.bytes_JF, q.target.expert_bytes)
+    return baselines.random_mix(
+        q.problem.code_JF, q.target.code_bits, q.seed, q.problem.bytes_JF, q.target.expert_bytes
+    )

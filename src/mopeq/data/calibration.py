@@ -50,7 +50,10 @@ def calibrate_with(folder: Path, config: Any, paths: Sequence[str | Path], token
     order.shuffle(texts)
     order.shuffle(asked)
     for_text = tokens if not asked else (0 if not texts else tokens // 2)
-    shown = [*text_batches(texts, processor, config, for_text), *joined(asked_batches(asked, processor, config, tokens - for_text))]
+    shown = [
+        *text_batches(texts, processor, config, for_text),
+        *joined(asked_batches(asked, processor, config, tokens - for_text)),
+    ]
     if not shown:
         raise BadInput("the calibration data holds no tokens", "give a --calib file with text or questions")
     count = sum(batch["input_ids"].numel() for batch in shown)

@@ -18,7 +18,10 @@ AUTO = "transformers.models.auto."
 ON_IMPORT = {
     # when transformers has loaded this module, these functions of ours register with it
     "transformers.quantizers.auto": ("mopeq.plugins.hf:register",),
-    AUTO + "configuration_auto": ("mopeq.families.deepseek_vl2:register_config", "mopeq.families.molmo:register_config"),
+    AUTO + "configuration_auto": (
+        "mopeq.families.deepseek_vl2:register_config",
+        "mopeq.families.molmo:register_config",
+    ),
     AUTO + "processing_auto": (
         "mopeq.families.deepseek_vl2:register_processor",
         "mopeq.families.molmo:register_processor",

@@ -1,4 +1,4 @@
-"""Sensitivity of the true loss under the real quantizer, to second order (DESIGN §5).
+"""Sensitivity of the true loss under the real quantizer, to second order (docs/methods.md).
 
 With dW = Q_f(W) - W of the real quantizer, x a matrix's inputs and g the loss's gradient at its outputs:
 
@@ -148,7 +148,9 @@ def sense(scene: Scene, kind: str) -> Sensitivity:
             shape = (layer.experts, len(layer.projections), formats)
             kinds = sums[layer.layer]
             costs[layer.layer] = np.mean([s.mean() for s in kinds.values()], axis=0).reshape(shape)
-            variances[layer.layer] = (sum(s.variance() for s in kinds.values()) / len(kinds) ** 2).reshape(shape)
+            variances[layer.layer] = (np.sum([s.variance() for s in kinds.values()], axis=0) / len(kinds) ** 2).reshape(
+                shape
+            )
     order = sorted(index, key=index.__getitem__)
     return Sensitivity(
         kind,

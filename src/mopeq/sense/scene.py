@@ -20,8 +20,8 @@ class Scene:
     """A checkpoint, the formats in question, and for those who need it a model, calibration batches, a quantizer.
 
     `model(attention)` loads the model (float32 on CPU); `batches` are encoded calibration, each with `image_mask`
-    where pictures are in it. `scope` is "model" or "layer", for scores that are scaled before they are combined. `quantizer` is a row's
-    name in QUANTIZERS; `memory_bytes` is what candidates and moments may take at a time.
+    where pictures are in it. `scope` is "model" or "layer", for scores that are scaled before they are combined.
+    `quantizer` is a row's name in QUANTIZERS; `memory_bytes` is what candidates and moments may take at a time.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ def from_scores(
     tokens_by_modality: Mapping[str, np.ndarray] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Sensitivity:
-    """One score a linear -> costs by the usual decline of rounding noise, score * 4^-bits (DESIGN §5)."""
+    """One score a linear -> costs by the usual decline of rounding noise, score * 4^-bits (docs/methods.md)."""
     from mopeq.alloc.baselines import costs_from_scores
 
     cost_IF = costs_from_scores(score_I, [f.bits for f in scene.formats])

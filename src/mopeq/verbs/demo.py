@@ -37,7 +37,8 @@ def demo(output: str | Path) -> dict[str, Any]:
     source = model_dir()
     command(f"mopeq plan {source} --avg-bits 2.5")
     ahead = plan(source, avg_bits=2.5)
-    say(f"{size_text(ahead['bytes_source'])} -> {size_text(ahead['predicted_bytes'])}, exactly, before any weight is read")
+    before, after = size_text(ahead["bytes_source"]), size_text(ahead["predicted_bytes"])
+    say(f"{before} -> {after}, exactly, before any weight is read")
     table = out / "evaluation.tsv"
     evaluation_tsv(table)
     say(f"wrote {table}: questions about pictures the model has not seen")

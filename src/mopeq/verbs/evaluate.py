@@ -33,7 +33,7 @@ def evaluate(
     device: str = "auto",
     save: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measure OUT (a packed checkpoint, or any checkpoint transformers loads) on data; DESIGN §3 has the JSON.
+    """Measure OUT (a packed checkpoint, or any checkpoint transformers loads) on data; docs/commands.md has the JSON.
 
     against: the original; without it only perplexity and tasks. data: .jsonl, .tsv, .txt; mopeq's built-in text if
     none. window: tokens of joined text. tasks: names to keep. limit: most windows of text, and most items of a task.
