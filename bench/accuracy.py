@@ -220,7 +220,9 @@ def main() -> None:
             if (name, average, method) in done:
                 return
             row = bench.arm(name, options, average, method)
-            shown = f"KL {row['kl']:.4f}  ppl {row['ppl']:.3f}" + (f"  {row['accuracy']:.3f}" if "accuracy" in row else "")
+            shown = f"KL {row['kl']:.4f}  ppl {row['ppl']:.3f}" + (
+                f"  {row['accuracy']:.3f}" if "accuracy" in row else ""
+            )
             say(f"{method:9} {average or 0:.1f} {name:26} {row['bytes']:>10} {row['code_bits']:.3f}  {shown}")
             file.write(json.dumps(row) + "\n")
             file.flush()

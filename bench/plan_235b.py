@@ -18,7 +18,12 @@ from pathlib import Path
 
 LAYERS, EXPERTS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB = 94, 128, 4096, 1536, 64, 4, 128, 151936
 SHARD_BYTES = 4_000_000_000
-PLANS = (["--avg-bits", "3"], ["--avg-bits", "2.71", "--per", "projection"], ["--fit", "90GB"], ["--fit", "90GB", "--other-bits", "8"])  # fmt: skip
+PLANS = (
+    ["--avg-bits", "3"],
+    ["--avg-bits", "2.71", "--per", "projection"],
+    ["--fit", "90GB"],
+    ["--fit", "90GB", "--other-bits", "8"],
+)
 
 
 def tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -90,7 +95,8 @@ def main() -> None:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else kept)
         total = write(folder)
         on_disk = sum(p.stat().st_blocks * 512 for p in folder.iterdir())
-        print(f"{total / 1e9:.1f} GB of weights in {len(list(folder.glob('*.safetensors')))} files, {on_disk / 1e6:.1f} MB on disk")
+        files = len(list(folder.glob("*.safetensors")))
+        print(f"{total / 1e9:.1f} GB of weights in {files} files, {on_disk / 1e6:.1f} MB on disk")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         for options in PLANS:
             started = time.monotonic()

@@ -58,7 +58,7 @@ def turn_experts(folder: Path) -> None:
 
 @cache
 def packed(kind: str, dtype: str = "bf16", order: str = "own", **options: Any) -> tuple[Path, dict[str, Any]]:
-    """(OUT, facts) of the whole line on `source(kind, dtype, order)`; options starting with `model_` change the model."""
+    """(OUT, facts) of the whole line on `source(kind, dtype, order)`; options named `model_…` change the model."""
     from mopeq.stages import quantize
 
     changes = {k.removeprefix("model_"): v for k, v in options.items() if k.startswith("model_")}

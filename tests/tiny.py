@@ -42,7 +42,8 @@ def qwen3_vl_moe(**changes: Any) -> Any:
     )  # fmt: skip
     config = Qwen3VLMoeConfig(
         text_config=text | changes, vision_config=vision, image_token_id=310, video_token_id=311,
-        vision_start_token_id=312, vision_end_token_id=313, tie_word_embeddings=changes.get("tie_word_embeddings", False),
+        vision_start_token_id=312, vision_end_token_id=313,
+        tie_word_embeddings=changes.get("tie_word_embeddings", False),
     )  # fmt: skip
     return Qwen3VLMoeForConditionalGeneration(config)
 

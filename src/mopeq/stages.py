@@ -383,7 +383,9 @@ def solve(job: Job, sensitivity: Sensitivity | None) -> PrecisionMap:
         assert sensitivity.formats == problem.formats
         cost_JF = np.zeros(problem.bytes_JF.shape)
         np.add.at(cost_JF, problem.item_of_I, sensitivity.cost_IF)
-        cost_JF = running_min(cost_JF)
+        groups = np.array([f.group_size for f in problem.formats])
+        for group in np.unique(groups):  # wider is never worse, at one group size
+            cost_JF[:, groups == group] = running_min(cost_JF[:, groups == group])
         if sensitivity.score_I is not None:
             score_J = np.zeros(len(cost_JF))
             np.add.at(score_J, problem.item_of_I, sensitivity.score_I)

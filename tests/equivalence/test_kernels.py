@@ -283,4 +283,3 @@ def test_what_did_not_load_is_named() -> None:
         )
     with pytest.raises(MopeqError, match="expert 0 gate: qweight came as"):
         packed.seal()
-

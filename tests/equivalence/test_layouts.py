@@ -60,7 +60,9 @@ def test_streamed_is_the_models_own(kind: str, order: str, dtype: str) -> None:
 
 def test_both_orders_on_disk_are_really_two() -> None:
     shapes = [
-        next(t.shape for t in open_checkpoint(source("qwen3_vl_moe", "bf16", order)).tensors.values() if "down" in t.name)
+        next(
+            t.shape for t in open_checkpoint(source("qwen3_vl_moe", "bf16", order)).tensors.values() if "down" in t.name
+        )
         for order in ("own", "released")
     ]
     assert shapes[0] == (6, 64, 40) and shapes[1] == (6, 40, 64)
@@ -129,7 +131,8 @@ def asked() -> dict[str, tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize(
-    "imports", ["import mopeq\nimport transformers", "import transformers\nimport transformers.quantizers\nimport mopeq"]
+    "imports",
+    ["import mopeq\nimport transformers", "import transformers\nimport transformers.quantizers\nimport mopeq"],
 )
 def test_fresh_interpreters_generate_the_references_tokens(imports: str) -> None:
     """from_pretrained after `import mopeq`, in either import order, runs from packed codes."""
@@ -149,9 +152,7 @@ def test_fresh_interpreters_generate_the_references_tokens(imports: str) -> None
 @cache
 def reference_tokens(kind: str, order: str) -> list[int]:
     make(kind, order)
-    tokens = generate(
-        dense_reference(kind, order, bits=BITS, avg_bits=2.6, per="projection", allocate="random")
-    )
+    tokens = generate(dense_reference(kind, order, bits=BITS, avg_bits=2.6, per="projection", allocate="random"))
     assert len(set(tokens)) > 3  # not the same token for ever: an agreement that says something
     return tokens
 
@@ -166,7 +167,9 @@ def test_logits_agree_and_memory_is_the_packed_size(kind: str, order: str) -> No
         found, wanted = (m(input_ids=ids, use_cache=False).logits.double() for m in (model, reference))
     assert float((found - wanted).abs().max() / wanted.std()) < 1e-4
     on_disk = sum(len(v) for k, v in stored(out).items() if ".experts." in k)
-    tags = sum(len(v) - v_bytes for v, v_bytes in ((v, tensor_part(v)) for k, v in stored(out).items() if ".experts." in k))
+    tags = sum(
+        len(v) - v_bytes for v, v_bytes in ((v, tensor_part(v)) for k, v in stored(out).items() if ".experts." in k)
+    )
     resident = sum(
         t.numel() * t.element_size()
         for _, m in model.named_modules()
@@ -174,7 +177,9 @@ def test_logits_agree_and_memory_is_the_packed_size(kind: str, order: str) -> No
         for t in (*m.buffers(), *m.parameters())
     )
     biases_widened = sum(  # bf16 on disk, float32 in this model
-        2 * t.numel() for n, t in model.named_buffers() if n.endswith("proj_bias") or n.endswith(("up_bias", "gate_bias", "down_bias"))
+        2 * t.numel()
+        for n, t in model.named_buffers()
+        if n.endswith("proj_bias") or n.endswith(("up_bias", "gate_bias", "down_bias"))
     )
     assert resident - biases_widened == on_disk - tags
     assert not experts_modules(model) or all(type(m).__name__ == "QuantizedExperts" for _, m in experts_modules(model))

@@ -163,7 +163,9 @@ def test_unknown_families() -> None:
 @pytest.mark.parametrize("where", ["top", "text"])
 def test_sources_quantized_already(quantized: Any, where: str) -> None:
     config = olmoe_config()
-    config |= {"quantization_config": quantized} if where == "top" else {"text_config": {"quantization_config": quantized}}
+    config |= (
+        {"quantization_config": quantized} if where == "top" else {"text_config": {"quantization_config": quantized}}
+    )
     error = refused(olmoe_shapes(), config)
     assert "already quantized" in error.line
     if isinstance(quantized, dict) and "quant_method" in quantized:
@@ -208,14 +210,23 @@ def test_experts_that_do_not_fit() -> None:
     for part, shape in odd.items():
         name = f"model.layers.0.mlp.{part}.weight"
         assert "model.layers.0" in refused(olmoe_shapes() | {name: ("BF16", shape)}, olmoe_config()).line
-    empty = {n: (d, (0, 16) if "gate_proj" in n or "up_proj" in n else (16, 0) if "down_proj" in n else s) for n, (d, s) in olmoe_shapes().items()}
+    empty = {
+        n: (d, (0, 16) if "gate_proj" in n or "up_proj" in n else (16, 0) if "down_proj" in n else s)
+        for n, (d, s) in olmoe_shapes().items()
+    }
     assert "empty" in refused(empty, olmoe_config()).line
 
 
 @pytest.mark.parametrize(
     ("up", "down"),
-    [((E, 2 * I, H), (E, H, I + 1)), ((E, 2 * I + 1, H), (E, H, I)), ((E, 2 * I, H), (E + 1, H, I)), ((E, 2 * I), (E, H, I)), ((E, 2 * I, H, 1), (E, H, I))],
-)  # fmt: skip
+    [
+        ((E, 2 * I, H), (E, H, I + 1)),
+        ((E, 2 * I + 1, H), (E, H, I)),
+        ((E, 2 * I, H), (E + 1, H, I)),
+        ((E, 2 * I), (E, H, I)),
+        ((E, 2 * I, H, 1), (E, H, I)),
+    ],
+)
 def test_stacks_that_do_not_fit(up: tuple[int, ...], down: tuple[int, ...]) -> None:
     for family in ("qwen3_vl_moe", "gpt_oss"):
         with pytest.raises(BadInput):

@@ -55,7 +55,9 @@ def test_a_formats_name_reads_back(fmt: Format) -> None:
     assert Format.parse(fmt.name) == fmt
 
 
-@pytest.mark.parametrize("name", ["", "3", "3g64", "g64a", "3g64aa", "3g64z", "0g64a", "9g64a", "3g0a", "-3g64a", "3g-1a", " 3g64a", "3G64A"])
+@pytest.mark.parametrize(
+    "name", ["", "3", "3g64", "g64a", "3g64aa", "3g64z", "0g64a", "9g64a", "3g0a", "-3g64a", "3g-1a", " 3g64a", "3G64A"]
+)
 def test_what_is_no_format_is_refused(name: str) -> None:
     with pytest.raises(BadInput) as refused:
         Format.parse(name)
@@ -91,14 +93,17 @@ def test_tensor_bytes() -> None:
     [
         ("0", 0), ("1073741824", 2**30), (512, 512), ("12GiB", 12 * 2**30), ("12 gib", 12 * 2**30), ("1kB", 1000),
         ("1KiB", 1024), ("2MB", 2 * 10**6), ("2MiB", 2**21), ("5GB", 5 * 10**9), ("1TB", 10**12), ("1TiB", 2**40),
-        ("0.5GiB", 2**29), ("1.5kB", 1500), (" 7B ", 7), ("3.2GB", 3_200_000_000), ("0.000001TB", 10**6), ("4.1GB", 4_100_000_000), ("8.2kB", 8200),
+        ("0.5GiB", 2**29), ("1.5kB", 1500), (" 7B ", 7), ("3.2GB", 3_200_000_000), ("0.000001TB", 10**6),
+        ("4.1GB", 4_100_000_000), ("8.2kB", 8200),
     ],
 )  # fmt: skip
 def test_sizes(text: str | int, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "-1GB", "1e9", "12 GiBs", "1,5GB", "0x10", "1PB", "nan", "inf", "1.GB", ".5GB", "twelve"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1", "-1GB", "1e9", "12 GiBs", "1,5GB", "0x10", "1PB", "nan", "inf", "1.GB", ".5GB", "twelve"]
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="is no size"):
         parse_size(text)
@@ -115,7 +120,15 @@ def test_sizes_for_people() -> None:
 
 @pytest.mark.parametrize(
     "kw",
-    [{}, {"avg_bits": 3.0, "fit_bytes": 1}, {"avg_bits": 0}, {"avg_bits": -1}, {"avg_bits": 8.5}, {"avg_bits": math.nan}, {"avg_bits": math.inf}],
+    [
+        {},
+        {"avg_bits": 3.0, "fit_bytes": 1},
+        {"avg_bits": 0},
+        {"avg_bits": -1},
+        {"avg_bits": 8.5},
+        {"avg_bits": math.nan},
+        {"avg_bits": math.inf},
+    ],
 )
 def test_what_is_no_budget_is_refused(kw: dict) -> None:
     with pytest.raises(BadInput):
@@ -127,7 +140,9 @@ def test_what_is_no_budget_is_refused(kw: dict) -> None:
 
 @given(st.data())
 def test_a_map_reads_back(data: st.DataObject) -> None:
-    made_for = spec(layers=data.draw(st.integers(1, 3)), experts=data.draw(st.integers(1, 4)), gate=data.draw(st.booleans()))
+    made_for = spec(
+        layers=data.draw(st.integers(1, 3)), experts=data.draw(st.integers(1, 4)), gate=data.draw(st.booleans())
+    )
     palette = data.draw(st.lists(FORMATS, min_size=1, max_size=36, unique=True))
     chosen = [data.draw(st.sampled_from(palette)) for _ in made_for.linears]
     map_ = make_map(made_for, chosen)
@@ -139,7 +154,9 @@ def test_a_map_reads_back(data: st.DataObject) -> None:
     assert [f.name for f in map_.palette] == body["formats"]
     by_hand = sum(f.nbytes(*shape) for f, (_, shape) in zip(chosen, made_for.linears, strict=True))
     assert map_.nbytes(made_for) == by_hand
-    assert map_.code_bits(made_for) == sum(f.bits * o * n for f, (_, (o, n)) in zip(chosen, made_for.linears, strict=True))
+    assert map_.code_bits(made_for) == sum(
+        f.bits * o * n for f, (_, (o, n)) in zip(chosen, made_for.linears, strict=True)
+    )
 
 
 def test_digits_are_indices_into_the_palette() -> None:
@@ -148,7 +165,7 @@ def test_digits_are_indices_into_the_palette() -> None:
     map_ = make_map(made_for, formats)
     assert [f.name for f in map_.palette] == ["2g64a", "3g64a", "4g64a"]
     assert map_.digits() == {"model.layers.0.mlp.experts": {"gate": "201", "up": "001", "down": "121"}}
-    assert map_[LinearId(0, 1, "up")] == Format(2) and list(map_)[0] == LinearId(0, 0, "gate")
+    assert map_[LinearId(0, 1, "up")] == Format(2) and next(iter(map_)) == LinearId(0, 0, "gate")
 
 
 def good() -> dict:

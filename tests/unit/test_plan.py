@@ -124,9 +124,25 @@ def test_average_bits_are_spent_exactly(
 
 
 @SLOW
-@given(SPECS, WIDTHS, GROUPS, st.sampled_from(PER), st.floats(0, 1), ALLOCATORS, st.sampled_from([4, 8, 16]), st.integers(0, 1000))
+@given(
+    SPECS,
+    WIDTHS,
+    GROUPS,
+    st.sampled_from(PER),
+    st.floats(0, 1),
+    ALLOCATORS,
+    st.sampled_from([4, 8, 16]),
+    st.integers(0, 1000),
+)
 def test_a_size_is_spent_exactly(
-    spec: MoESpec, bits: tuple[int, ...], groups: tuple[int, ...], per: str, share: float, allocate: str, other: int, seed: int
+    spec: MoESpec,
+    bits: tuple[int, ...],
+    groups: tuple[int, ...],
+    per: str,
+    share: float,
+    allocate: str,
+    other: int,
+    seed: int,
 ) -> None:
     o = {"bits": bits, "group_size": groups, "per": per, "allocate": allocate, "other_bits": other, "seed": seed}
     widest, narrowest = (
@@ -161,7 +177,12 @@ def tied(spec: MoESpec, per: str, map_: Any) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 40), st.integers(1, 2), WIDTHS, st.sampled_from(["expert", "projection"]), st.floats(0, 1)
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 2),
+    WIDTHS,
+    st.sampled_from(["expert", "projection"]),
+    st.floats(0, 1),
 )
 def test_no_larger_total_can_be_reached(
     hidden: int, inner: int, experts: int, bits: tuple[int, ...], per: str, share: float
@@ -215,7 +236,9 @@ def test_uniform_takes_one_width() -> None:
     spec = olmoe()
     for bits in (2, 3, 4):
         j = job(spec, allocate="uniform", avg_bits=bits)
-        assert j.predicted_bytes == forecast(j)["bytes_by_bits"][str(bits)] == uniform_bytes(spec, Format(bits), j.fixed)
+        assert (
+            j.predicted_bytes == forecast(j)["bytes_by_bits"][str(bits)] == uniform_bytes(spec, Format(bits), j.fixed)
+        )
         assert set(solve(j, None).formats.values()) == {Format(bits)}
     with pytest.raises(BadInput, match="none of 2, 3, 4") as refused:
         _ = job(spec, allocate="uniform", avg_bits=2.6).predicted_bytes
@@ -237,7 +260,9 @@ def test_other_bits_pack_every_matrix_but_routers_and_experts() -> None:
         "model.counts.weight": ("I64", (3, 4)),
     }
     spec = read_spec(checkpoint(shapes, olmoe_config()))
-    packable = {n for n, t in spec.tensors.items() if spec.roles[n] != "routed expert" and is_packable(t, spec.roles[n])}
+    packable = {
+        n for n, t in spec.tensors.items() if spec.roles[n] != "routed expert" and is_packable(t, spec.roles[n])
+    }
     stem = "model.layers.0.self_attn"
     assert packable == {"model.embed_tokens.weight", "lm_head.weight", *(f"{stem}.{p}_proj.weight" for p in "qkvo")}
     assert other_format(16, 64) is None and other_format(8, 32) == Format(8, 32)
@@ -319,7 +344,8 @@ def test_ties_follow_make_problem() -> None:
     sizes = {"projection": 18, "expert": 6, "layer-projection": 6, "layer": 2}
     for per, count in sizes.items():
         p = make_problem(spec, Options().formats, per)
-        assert p.bytes_JF.shape == (count, 3) and p.item_of_I.tolist() == sorted(p.item_of_I.tolist()) or per == "layer-projection"
+        assert p.bytes_JF.shape == (count, 3)
+        assert p.item_of_I.tolist() == sorted(p.item_of_I.tolist()) or per == "layer-projection"
         assert int(p.bytes_JF[:, 0].sum()) == sum(Format(2).nbytes(*s) for _, s in spec.linears)
         assert p.layer_of_J.tolist() == [i * 2 // count for i in range(count)]
     with pytest.raises(BadInput):
@@ -346,7 +372,11 @@ def test_import_mopeq_is_light() -> None:
 
 def test_plan_wakes_no_torch() -> None:
     folder = source("olmoe")
-    code = f"from mopeq.cli import run_command\nfor m in ([], ['--allocate', 'random']):\n    assert run_command(['plan', {str(folder)!r}, '--json', *m], False) == 0"
+    code = (
+        "from mopeq.cli import run_command\n"
+        "for m in ([], ['--allocate', 'random']):\n"
+        f"    assert run_command(['plan', {str(folder)!r}, '--json', *m], False) == 0"
+    )
     assert modules_after(code) == set()
     assert modules_after(f"import mopeq; mopeq.plan({str(folder)!r})") == set()
 

@@ -329,7 +329,11 @@ def test_page_is_well_formed_and_asks_nobody() -> None:
 
 
 def test_every_text_of_a_file_is_escaped() -> None:
-    evaluation = sample.evaluation() | {"against": HOSTILE, "data": [HOSTILE], "tasks": {HOSTILE: {HOSTILE: 1.0}}}
+    evaluation = sample.evaluation() | {
+        "against": HOSTILE,
+        "data": [HOSTILE],
+        "tasks": {HOSTILE: {HOSTILE: 1.0, "score": 0.5}},
+    }
     evaluation["by_modality"] |= {HOSTILE: evaluation["by_modality"]["text"]}
     senses = sample.subject().senses
     assert senses
@@ -341,16 +345,22 @@ def test_every_text_of_a_file_is_escaped() -> None:
         command=HOSTILE,
         notes=(HOSTILE,),
         made=((HOSTILE, ((HOSTILE, HOSTILE),)),),
-        parts=(Part("routed expert", 9000, 900, {HOSTILE: 900}), Part(HOSTILE, 9000, 9000)),
+        parts=(Part("routed expert", 9000, 900, {HOSTILE: 900}), Part(HOSTILE, 90000, 90000)),
         bytes_by_bits={HOSTILE: 1},
         evaluation=read_evaluation(evaluation),
         senses=replace(senses, method=HOSTILE, says=HOSTILE, shows=HOSTILE, notes=(HOSTILE,)),
     )
-    for page in (render([bad]), render([bad, sample.subject("b", seed=1)])):
+    drawn = sample.subject(HOSTILE)  # measured like the other, so that the scatter names it
+    for page in (
+        render([bad]),
+        render([bad, sample.subject("b", seed=1)]),
+        render([drawn, sample.subject("b", seed=1)]),
+    ):
         found = Page(page)
         assert (found.astray, found.open) == ([], [])
         assert found.count("script") == 2
         assert found.count("img") == 0
+        assert page is pages[2] or any(a.get("aria-label") == f"{HOSTILE}: 0.500" for _, a in found.tags)
         assert data_of(page)["checkpoints"][0]["name"] == HOSTILE
         assert "{{7*7}}" in found.words  # shown as it is, not worked out
 
@@ -469,7 +479,11 @@ def test_gathers_map_and_sensitivity_of_a_real_checkpoint(tmp_path: Path) -> Non
         assert found.senses.grids[ALL].sum() == pytest.approx(saved.score_I.sum())
     assert set(found.missing) == {"tokens", "evaluation"}
     result = reporting.write([out], tmp_path / "r.html")
-    assert result == {"output": str(tmp_path / "r.html"), "checkpoints": 1, "bytes": (tmp_path / "r.html").stat().st_size}
+    assert result == {
+        "output": str(tmp_path / "r.html"),
+        "checkpoints": 1,
+        "bytes": (tmp_path / "r.html").stat().st_size,
+    }
     assert reporting.write([out], tmp_path / "again.html")["bytes"] == result["bytes"]
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "r.html").read_bytes()
 
@@ -480,9 +494,9 @@ def test_the_commands_it_prints_work(tmp_path: Path) -> None:
     def run(command: str, **words: str) -> int:
         parts = [words.get(word, word) for word in shlex.split(command)]
         assert parts[0] == "mopeq"
-        return run_command(parts[1:])
+        return run_command(parts[1:], debug=True)
 
-    out, _ = made.packed("olmoe")
+    out, _ = made.packed("olmoe", avg_bits=2.5, per="projection")
     spoilt = made.copy(out, tmp_path / "out")
     text = made.tiny.write_text(tmp_path / "text.txt")
     found = reporting.gather(spoilt, "x")

@@ -181,10 +181,6 @@ def packed_splits(conversion: Any) -> list[Any]:
     ]
 
 
-def register() -> None:
-    """Importing this module registers, by the decorators above; this is the hook's name for it."""
-
-
 def read_folder(checkpoint_files: Any) -> set[str]:
     """The names of the shards' tensors; BadInput unless their folder is whole by its manifest."""
     if not checkpoint_files:

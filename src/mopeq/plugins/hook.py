@@ -1,62 +1,62 @@
 """`import mopeq` stays light and yet makes `from_pretrained` work on what mopeq adds, in either import order.
 
-If a registry of transformers is loaded already, mopeq registers at once; else as soon as it gets imported. The Auto
-modules import one another, and what we register imports them too: so nothing is registered while one of them is still
-being loaded, and the last to be done registers for all.
+The quantizer is registered as soon as transformers' registry of quantizers is imported, at once if it is already.
+The model families that mopeq brings along import model code of transformers, which fails while any part of that is
+still being loaded (say, by `from transformers import OlmoeForCausalLM`). So they are registered at the first
+`AutoConfig.from_pretrained` (or `for_model`) or `AutoProcessor.from_pretrained`: every way to a model goes through one
+of these, and no import does.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
 from wrapt import register_post_import_hook
 
-AUTO = "transformers.models.auto."
-ON_IMPORT = {
-    # when transformers has loaded this module, these functions of ours register with it
-    "transformers.quantizers.auto": ("mopeq.plugins.hf:register",),
-    AUTO + "configuration_auto": (
-        "mopeq.families.deepseek_vl2:register_config",
-        "mopeq.families.molmo:register_config",
-    ),
-    AUTO + "processing_auto": (
-        "mopeq.families.deepseek_vl2:register_processor",
-        "mopeq.families.molmo:register_processor",
-    ),
-    AUTO + "modeling_auto": ("mopeq.families.deepseek_vl2:register_model", "mopeq.families.molmo:register_model"),
+FAMILIES = ("mopeq.families.deepseek_vl2", "mopeq.families.molmo")
+DOORS = {
+    "transformers.models.auto.configuration_auto": ("AutoConfig", ("from_pretrained", "for_model")),
+    "transformers.models.auto.processing_auto": ("AutoProcessor", ("from_pretrained",)),
 }
-_loaded: set[str] = set()
-_registered: list[str] = []
-_busy: list[bool] = []
+_doors: list[tuple[type, str, Any]] = []  # class, method's name, what it was
 
 
 def install() -> None:
-    """Register with transformers now or as soon as it is imported."""
-    for theirs in ON_IMPORT:
-        register_post_import_hook(loaded, theirs)
+    """Register with transformers as it gets imported, or now."""
+    register_post_import_hook(register_quantizer, "transformers.quantizers.auto")
+    for module in DOORS:
+        register_post_import_hook(watch_doors, module)
 
 
-def loaded(module: Any) -> None:
-    """transformers has loaded one of the modules above."""
-    _loaded.add(module.__name__)
-    if _busy:  # our own registering made it load: whoever is at it goes on with it
-        return
-    _busy.append(True)
-    try:
-        while ready := next(ready_names(), None):
-            _registered.append(ready)
-            for text in ON_IMPORT[ready]:
-                ours, function = text.split(":")
-                getattr(import_module(ours), function)()
-    finally:
-        _busy.pop()
+def register_quantizer(_: Any) -> None:
+    import_module("mopeq.plugins.hf")  # its decorators register; it may be what is being imported
 
 
-def ready_names() -> Iterator[str]:
-    """Modules that are loaded and not yet registered with, unless an Auto module is in the midst of being loaded
-    (it will come to `loaded` itself)."""
-    if not any(name in sys.modules and name not in _loaded for name in ON_IMPORT if name.startswith(AUTO)):
-        yield from (name for name in ON_IMPORT if name in _loaded and name not in _registered)
+def watch_doors(module: Any) -> None:
+    """Have the first call of an Auto class's methods register our families before it goes on."""
+    name, methods = DOORS[module.__name__]
+    auto = getattr(module, name)
+    for method in methods:
+        _doors.append((auto, method, vars(auto)[method]))
+        setattr(auto, method, classmethod(opener(vars(auto)[method].__func__)))
+
+
+def opener(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def first(cls: type, *args: Any, **kwargs: Any) -> Any:
+        register_families()
+        return original(cls, *args, **kwargs)
+
+    return first
+
+
+def register_families() -> None:
+    """Teach the Auto classes our model families, and put their methods back as they were."""
+    while _doors:
+        auto, method, was = _doors.pop()
+        setattr(auto, method, was)
+    for family in FAMILIES:
+        import_module(family).register()

@@ -187,9 +187,9 @@ def candidate_errors(scene: Scene, model: Any, part: list[tuple[MoELayer, Any]])
     moments: dict[int, Moments] = {}
     if QUANTIZERS[scene.quantizer].needs_data:
         wanted = {layer.layer for layer, _ in part}
-        for layer, m in collect(model, scene.spec, scene.batches, scene.memory_bytes, wanted):
-            m.fill_starved()
-            moments[layer.layer] = m
+        for layer, seen in collect(model, scene.spec, scene.batches, scene.memory_bytes, wanted):
+            seen.fill_starved()
+            moments[layer.layer] = seen
     deltas = {}
     total = len(scene.formats) * sum(layer.experts * out * n for layer, _ in part for out, n in layer.shapes.values())
     with torch.no_grad(), progress(f"sense: candidates by {scene.quantizer}", total, "weights") as p:
