@@ -102,13 +102,10 @@ def show_evaluation(r: dict[str, Any]) -> None:
         )
     out(t)
     if r["tasks"]:
-        t = table("task", "metric", "value", "95 %", "n")
+        t = table("task", "score", "95 %", "n")
         for name, row in r["tasks"].items():
-            for metric, value in row.items():
-                if metric in ("n", "ci95") or not isinstance(value, int | float):
-                    continue
-                low, high = row.get("ci95", (None, None)) or (None, None)
-                t.add_row(name, metric, number(value), f"{number(low, 3)} to {number(high, 3)}", str(row.get("n", "")))
+            low, high = row["ci95"]
+            t.add_row(name, number(row["score"], 3), f"{low:.3f} to {high:.3f}", str(row["n"]))
         out(t)
 
 

@@ -351,11 +351,9 @@ def test_every_text_of_a_file_is_escaped() -> None:
         senses=replace(senses, method=HOSTILE, says=HOSTILE, shows=HOSTILE, notes=(HOSTILE,)),
     )
     drawn = sample.subject(HOSTILE)  # measured like the other, so that the scatter names it
-    for page in (
-        render([bad]),
-        render([bad, sample.subject("b", seed=1)]),
-        render([drawn, sample.subject("b", seed=1)]),
-    ):
+    other = sample.subject("b", seed=1)
+    pages = [render([bad]), render([bad, other]), render([drawn, other])]
+    for page in pages:
         found = Page(page)
         assert (found.astray, found.open) == ([], [])
         assert found.count("script") == 2
