@@ -60,7 +60,12 @@ def test_no_circles_among_files() -> None:
     graph = {name: imported(name, path, known) for name, path in known.items()}
     assert len(graph) > 40 and graph["mopeq.stages"] >= {"mopeq.plan", "mopeq.rundir"}
     order = list(TopologicalSorter(graph).static_order())  # CycleError names the circle
-    assert order.index("mopeq.errors") < order.index("mopeq.nouns") < order.index("mopeq.stages") < order.index("mopeq.cli")
+    assert (
+        order.index("mopeq.errors")
+        < order.index("mopeq.nouns")
+        < order.index("mopeq.stages")
+        < order.index("mopeq.cli")
+    )  # noqa: E501
 
 
 def test_a_circle_would_be_seen(tmp_path: Path) -> None:
@@ -74,7 +79,7 @@ def test_a_circle_would_be_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("torch_modules", "files"),
-    [(False, ["nouns", "checkpoint", "families/standard", "plan", "options", "packed", "rundir", "stages", "cli", "alloc/choose"])],
+    [(False, ["nouns", "checkpoint", "families/standard", "plan", "options", "packed", "rundir", "stages", "cli", "alloc/choose"])],  # noqa: E501
 )  # fmt: skip
 def test_left_of_sense_runs_without_torch(torch_modules: bool, files: list[str]) -> None:
     known = modules()
