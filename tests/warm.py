@@ -90,8 +90,8 @@ class Server:
         return dict(json.loads(self.process.stdout.readline()))
 
     def start(self, *arguments: object, **limits: Any) -> Running:
-        """limits: file_bytes (RLIMIT_FSIZE), user (a uid), pause: "module:function" before which it waits forever
-        once `after` calls went through (so that a signal meets it at a known place)."""
+        """limits: file_bytes (RLIMIT_FSIZE); user (a uid); pause: "module:function" before which it waits once `after`
+        calls went through, leaving `stem.paused`, for a signal or (with `release`) for `stem.go`."""
         self.count += 1
         stem = room() / "commands" / str(self.count)
         stem.parent.mkdir(exist_ok=True)
@@ -115,7 +115,7 @@ def mopeq(*arguments: object, **limits: Any) -> Ended:
 # ------------------------------------------------------------------------------------------ in the server
 
 
-def pause_at(where: str, after: int, stem: str) -> None:
+def pause_at(where: str, after: int, release: bool, stem: str) -> None:
     """Make the function wait (and leave a file `.paused`) at its call number after + 1."""
     from importlib import import_module
 
@@ -127,8 +127,8 @@ def pause_at(where: str, after: int, stem: str) -> None:
         calls[0] += 1
         if calls[0] > after:
             Path(stem).with_suffix(".paused").touch()
-            while True:
-                time.sleep(0.05)
+            while not (release and Path(stem).with_suffix(".go").exists()):
+                time.sleep(0.02)
         return original(*args, **kwargs)
 
     setattr(module, function, paused)
@@ -152,7 +152,7 @@ def child(request: dict[str, Any]) -> None:
         os.setgid(request["user"])
         os.setuid(request["user"])
     if "pause" in request:
-        pause_at(request["pause"], request.get("after", 0), request["stem"])
+        pause_at(request["pause"], request.get("after", 0), request.get("release", False), request["stem"])
     sys.argv = ["mopeq", *request["run"]]
     code = 1
     try:
@@ -173,11 +173,14 @@ def child(request: dict[str, Any]) -> None:
 def serve() -> None:
     import torch
     import transformers.integrations.moe
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    import transformers.models.auto.modeling_auto
+    import transformers.models.olmoe.modeling_olmoe  # noqa: F401
 
     import mopeq.assemble
     import mopeq.readback
-    import mopeq.stages  # noqa: F401
+    import mopeq.stages
+    import mopeq.verbs.evaluate
+    import mopeq.verbs.run  # noqa: F401
 
     torch.set_num_threads(1)
     ended: dict[int, int] = {}

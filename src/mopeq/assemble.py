@@ -17,6 +17,9 @@ from mopeq.checkpoint import read_header, read_json, shard_files
 from mopeq.errors import BadInput
 from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, OutputTensor, PrecisionMap, TensorInfo
 from mopeq.packed import (
+    MANIFEST,
+    MAP,
+    RUN,
     index_json,
     json_bytes,
     quantization_config,
@@ -55,14 +58,17 @@ class Supply:
                 file.seek(info.offset)
                 return file.read(info.nbytes)
         if out.name in self.spec.tensors:
-            tensor = refuse_sick(out.name, read_tensor(self.folder, self.spec.tensors[out.name]))
-            return tensor_data(tensor.to(TORCH_DTYPE[out.dtype]))
+            tensor = read_tensor(self.folder, self.spec.tensors[out.name]).to(TORCH_DTYPE[out.dtype])
+            return tensor_data(refuse_sick(out.name, tensor))  # after the cast: float32's largest are infinite in bf16
         if out.name not in self.packed:
             stem = out.name.rpartition(".")[0]
             source = f"{stem}.weight"
             assert self.other is not None and is_packable(self.spec.tensors[source], self.spec.roles[source])
             w = refuse_sick(source, read_tensor(self.folder, self.spec.tensors[source]))
-            self.packed = {f"{stem}.{k}": v for k, v in round_to_nearest(w, self.other).pack().items()}
+            try:
+                self.packed = {f"{stem}.{k}": v for k, v in round_to_nearest(w, self.other).pack().items()}
+            except BadInput as problem:
+                raise BadInput(f"{source}: {problem.line}", problem.hint) from None
         return tensor_data(self.packed[out.name])
 
 
@@ -111,9 +117,10 @@ def write_around(
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.name.startswith(".") or path.suffix == ".py" or path.name.endswith(WEIGHTS):
             continue
-        if path.name.endswith(".index.json") or path.name in ("config.json", "README.md"):
+        if path.name.endswith(".index.json") or path.name in ("config.json", "README.md", MANIFEST, MAP, RUN):
             continue
-        if path.suffix == ".json" and "auto_map" in (body := read_json(path)):
+        body = read_json(path) if path.suffix == ".json" else None
+        if isinstance(body, dict) and "auto_map" in body:
             write_atomic(out / path.name, json_bytes({k: v for k, v in body.items() if k != "auto_map"}))
         else:
             shutil.copyfile(path, out / path.name)

@@ -175,3 +175,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
     rows = [[t.name, t.dtype, list(t.shape), t.file, t.offset] for t in tensors.values()]
     return Checkpoint(folder, config, tensors, digest_of([config, stamps, sorted(rows)]), header_bytes)
+
+
+def same_bytes(folder: Path, a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether two stored tensors of one dtype hold the same bytes; read a piece at a time."""
+    if (a.dtype, a.nbytes) != (b.dtype, b.nbytes):
+        return False
+    with open(folder / a.file, "rb") as first, open(folder / b.file, "rb") as second:
+        first.seek(a.offset)
+        second.seek(b.offset)
+        for at in range(0, a.nbytes, 1 << 22):
+            size = min(1 << 22, a.nbytes - at)
+            if first.read(size) != second.read(size):
+                return False
+    return True

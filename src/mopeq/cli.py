@@ -273,8 +273,8 @@ def interrupted(*_: Any) -> None:
 
 
 def fail(line: str, hint: str, code: int) -> int:
-    print(f"error: {line}", file=sys.stderr)
-    print(f"hint: {hint}", file=sys.stderr)
+    for word, text in (("error", line), ("hint", hint)):
+        print(f"{word}: {' '.join(text.split())}", file=sys.stderr)  # one line, whatever names a file holds
     return code
 
 
@@ -290,8 +290,10 @@ def main() -> None:
 def run_command(arguments: list[str], debug: bool) -> int:
     """Exit status of one command: 0, 2 for bad input, 1 for the rest."""
     try:
-        app(args=arguments or ["--help"], standalone_mode=False)
-        return 0
+        code = app(args=arguments or ["--help"], standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        return int(code or 0)
     except typer.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, typer.Abort):

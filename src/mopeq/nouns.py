@@ -345,9 +345,7 @@ class PrecisionMap:
         hint = "a map is what `mopeq map --json` prints, or a checkpoint's precision_map.json"
         try:
             if body["format_version"] != 1:
-                raise BadInput(
-                    f"{source} has format version {body['format_version']}; this mopeq reads 1", "upgrade mopeq"
-                )
+                raise BadInput(f"it has format version {body['format_version']}; this mopeq reads 1", "upgrade mopeq")
             palette = [Format.parse(name) for name in body["formats"]]
             prefixes = {int(layer): str(prefix) for layer, prefix in body["layers"].items()}
             numbers = {prefix: layer for layer, prefix in prefixes.items()}
@@ -358,6 +356,8 @@ class PrecisionMap:
                 for e, digit in enumerate(row)
             }
             made = cls(formats, prefixes)
+        except BadInput as problem:
+            raise BadInput(f"{source}: {problem.line}", problem.hint) from None
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
             raise BadInput(f"{source} cannot be read: {type(problem).__name__} {problem}", hint) from None
         if any(linear.projection not in PROJECTIONS for linear in formats):

@@ -10,7 +10,7 @@ from typing import Any
 
 from mopeq.alloc import ALLOCATORS, NO_BUDGET
 from mopeq.errors import BadInput
-from mopeq.nouns import Budget, Format, MoESpec, parse_size
+from mopeq.nouns import BASE36, Budget, Format, MoESpec, parse_size
 from mopeq.plan import PER, other_format
 from mopeq.quant import QUANTIZERS
 from mopeq.sense import SENSORS
@@ -71,7 +71,12 @@ class Options:
             raise BadInput(f"--calib-tokens {self.calib_tokens} is not positive", "try --calib-tokens 65536")
         if parse_size(self.shard_size) < 1:
             raise BadInput("--shard-size must be positive", "try --shard-size 5GB")
-        _ = self.formats, self.other, self.memory_bytes
+        if len(self.formats) > len(BASE36):
+            raise BadInput(
+                f"{len(self.formats)} formats are too many: a map has a digit for each of {len(BASE36)}",
+                "give fewer widths or group sizes",
+            )
+        _ = self.other, self.memory_bytes
 
     @property
     def widths(self) -> tuple[int, ...]:

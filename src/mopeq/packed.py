@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mopeq.checkpoint import read_json
 from mopeq.errors import BadInput, MopeqError
@@ -29,15 +29,26 @@ NOT_SEALED = {MANIFEST}  # the manifest cannot list itself
 # ----------------------------------------------------------------------------------------------- writing
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` by one rename at the end, or leaves nothing on failure."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """The file appears whole, by one rename, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    with open(beside, "wb") as file:
+    with appearing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -58,8 +69,7 @@ def write_safetensors(
         at += out.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    beside = path.with_name(f".{path.name}.part")
-    with open(beside, "wb") as file:
+    with appearing(path) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for out in outputs:
             data = give(out)
@@ -68,9 +78,6 @@ def write_safetensors(
                     f"{out.name} came to {len(data)} bytes where {out.nbytes} were planned", "please report it"
                 )
             file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
     return 8 + len(raw)
 
 
@@ -144,8 +151,11 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     if type(version) is int and version > FORMAT_VERSION:
         raise BadInput(f"{folder} has format version {version}; this mopeq reads {FORMAT_VERSION}", "upgrade mopeq")
     files = body.get("files") if isinstance(body, dict) else None
-    if not isinstance(files, list) or not all(
-        isinstance(f, dict) and isinstance(f.get("name"), str) and type(f.get("size")) is int for f in files
+    if (
+        type(version) is not int
+        or version < 1
+        or not isinstance(files, list)
+        or not all(isinstance(f, dict) and isinstance(f.get("name"), str) and type(f.get("size")) is int for f in files)
     ):
         raise BadInput(f"{folder / MANIFEST} is damaged", "make the checkpoint again")
     for row in files:
@@ -171,7 +181,8 @@ def check_sizes(folder: Path) -> None:
     """BadInput unless every file of the manifest is there at its size: what loading checks."""
     if _unsealed:
         return
-    for row in read_manifest(folder):
+    rows = read_manifest(folder)
+    for row in rows:
         path = folder / row["name"]
         if not path.is_file():
             raise BadInput(f"{row['name']} is missing from {folder}", "copy or make the checkpoint again")
@@ -180,6 +191,15 @@ def check_sizes(folder: Path) -> None:
                 f"{row['name']} has {path.stat().st_size} bytes, the manifest says {row['size']}",
                 "the copy is incomplete; copy or make the checkpoint again",
             )
+    needed = {"config.json", MAP} | {path.name for path in folder.glob("model*.safetensors")}
+    if strange := sorted(needed - {row["name"] for row in rows}):
+        raise BadInput(f"{strange[0]} is not in {MANIFEST}", "remove it if it is a stray shard, or make it again")
+
+
+def check_if_sealed(folder: Path) -> None:
+    """As `check_sizes` where there is a manifest: said by name before some reader stumbles over a damaged file."""
+    if (folder / MANIFEST).exists():
+        check_sizes(folder)
 
 
 def quantization_config(map_: PrecisionMap, other: str | None, source_bytes: int, payload: int) -> dict[str, Any]:

@@ -166,9 +166,12 @@ def target(spec: MoESpec, problem: Problem, budget: Budget, fixed: int) -> Targe
     assert budget.fit_bytes is not None
     least = int(problem.bytes_JF.min(1).sum()) + fixed
     if least > budget.fit_bytes:
+        given, taken = size_text(budget.fit_bytes), size_text(least)
+        if given == taken:
+            given, taken = f"{budget.fit_bytes:,} bytes", f"{least:,}"
         raise BadInput(
-            f"{size_text(budget.fit_bytes)} cannot hold this model: with every expert at"
-            f" {min(f.bits for f in problem.formats)} bits it takes {size_text(least)}",
+            f"{given} cannot hold this model: with every expert at"
+            f" {min(f.bits for f in problem.formats)} bits it takes {taken}",
             f"try --fit {least}" + ("" if fixed < 0.3 * least else ", or a smaller --other-bits"),
         )
     total = largest_total(problem.bytes_JF, budget.fit_bytes - fixed)

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mopeq.alloc import ALLOCATORS
-from mopeq.checkpoint import Checkpoint, find_folder, open_checkpoint, read_json
+from mopeq.checkpoint import Checkpoint, find_folder, open_checkpoint, read_json, same_bytes
 from mopeq.errors import BadInput
 from mopeq.families.standard import read_spec
 from mopeq.nouns import (
@@ -33,7 +34,7 @@ from mopeq.nouns import (
     size_text,
 )
 from mopeq.options import Options
-from mopeq.packed import MANIFEST, RUN, json_bytes, read_manifest, write_atomic, write_manifest
+from mopeq.packed import MANIFEST, RUN, check_sizes, json_bytes, read_manifest, write_atomic, write_manifest
 from mopeq.plan import (
     Problem,
     Target,
@@ -190,12 +191,18 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
         say(f"{out} is already made, by the same command from the same source")
         return done
     check_out(job, out)
+    check_ties(job)
     calibration = load_calibration(job)
     run = RunDir(Path(job.options.run) if job.options.run else out / ".mopeq")
     source = sum(t.nbytes for t in job.spec.tensors.values())
     ahead = "its size is decided by the clusters" if predicted is None else size_text(predicted)
     say(f"{job.folder.name or job.folder}: {size_text(source)} -> {ahead}")
-    with run.locked():
+    with ExitStack() as held:
+        for place in sorted({run.path.resolve(), (out / ".mopeq").resolve()}):  # --run may be shared, and OUT too
+            held.enter_context(RunDir(place).locked())
+        if (done := finished(out, digest)) is not None:  # by another process, between the look above and the lock
+            return done
+        claim(job, out)
         run.event("start", job=digest)
         write_atomic(run.path / "spec.json", json_bytes(forecast(job)))
         sensitivity = None if skips_sense(job) else sense(job, run, calibration)
@@ -237,7 +244,9 @@ def job_digest(job: Job) -> str:
         "map": job.given_map.digest if job.given_map else None,
         "budget": vars(job.budget) if job.budget else None,
     }
-    asked["calib"] = [[str(p), Path(p).stat().st_size if Path(p).exists() else None] for p in o.calib]
+    asked["calib"] = [
+        [str(p), [Path(p).stat().st_size, Path(p).stat().st_mtime_ns]] for p in o.calib if Path(p).exists()
+    ]
     return stage_digest("job", source=job.spec.digest, options=asked)
 
 
@@ -247,8 +256,14 @@ def finished(out: Path, digest: str) -> dict[str, Any] | None:
         return None
     read_manifest(out)
     body = read_json(out / RUN)
-    if body.get("job") != digest:
+    if not isinstance(body, dict) or body.get("job") != digest:
         raise BadInput(f"{out} holds another finished checkpoint", "choose another -o, or delete that folder")
+    try:
+        check_sizes(out)
+    except BadInput as problem:
+        say(f"{problem.line}: made again")
+        (out / MANIFEST).unlink()
+        return None
     return dict(body["result"])
 
 
@@ -258,6 +273,12 @@ def check_out(job: Job, out: Path) -> None:
         raise BadInput(f"{out} is a file", "-o OUT is a folder")
     if out.resolve() == job.folder.resolve() or job.folder.resolve() in out.resolve().parents:
         raise BadInput(f"{out} lies in the source folder", "choose an -o outside it")
+    if job.options.run:
+        run, seen = Path(job.options.run).resolve(), out.resolve()
+        if run == job.folder.resolve() or job.folder.resolve() in run.parents:
+            raise BadInput(f"--run {job.options.run} lies in the source folder", "choose a --run outside it")
+        if run == seen or (seen in run.parents and seen / ".mopeq" not in (run, *run.parents)):
+            raise BadInput(f"--run {job.options.run} lies in {out}, which gets sealed", "choose a --run beside it")
     if out.exists() and not (out / ".mopeq").exists() and any(out.iterdir()) and not (job.options.run and is_ours(out)):
         raise BadInput(f"{out} is not empty and not mopeq's", "choose another -o, or empty that folder")
     try:
@@ -273,6 +294,28 @@ def check_out(job: Job, out: Path) -> None:
         )
 
 
+def claim(job: Job, out: Path) -> None:
+    """BadInput where OUT was begun from another source, whose tokenizer and licence would be sealed as this one's."""
+    origin, here = out / ".mopeq" / "made_from", str(job.folder.resolve())
+    if origin.exists() and (there := origin.read_text()) != here:
+        raise BadInput(f"{out} holds an unfinished checkpoint of {there}", "choose another -o, or delete that folder")
+    write_atomic(origin, here.encode())
+
+
+def check_ties(job: Job) -> None:
+    """BadInput where the config ties matrices that are stored twice and differ: one of them would be lost."""
+    for name in job.checkpoint.tensors.keys() - job.spec.tensors.keys():
+        head = job.checkpoint.tensors[name]
+        for other in job.spec.tensors.values():
+            if other.name.endswith("embed_tokens.weight") and other.shape == head.shape:
+                if not same_bytes(job.folder, head, other):
+                    raise BadInput(
+                        f"config.json ties {name} and {other.name}, and they differ",
+                        'if they are meant to, set "tie_word_embeddings": false in config.json',
+                    )
+                break
+
+
 def is_ours(out: Path) -> bool:
     return (out / MANIFEST).exists() or (out / "precision_map.json").exists()
 
@@ -285,6 +328,7 @@ def load_calibration(job: Job) -> Calibration | None:
     """Calibration data, if some method of the job shows any to the model. Refusals come before any work."""
     needs = job.options.needs_data
     if not needs:
+        check_layer_fits(job)
         return None
     from mopeq.data.calibration import calibrate_with
     from mopeq.models import load_config
@@ -301,6 +345,17 @@ def load_calibration(job: Job) -> Calibration | None:
     for note in calibration.notes:
         say(note)
     return calibration
+
+
+def check_layer_fits(job: Job) -> None:
+    """BadInput where --max-memory cannot hold one layer: as stored, in float32, and one more copy while rounding."""
+    weights = max(x.experts * sum(out * n for out, n in x.shapes.values()) for x in job.spec.layers)
+    need = largest_layer_bytes(job.spec) + 8 * weights
+    if job.options.memory_bytes is not None and need > job.options.memory_bytes:
+        raise BadInput(
+            f"one layer's experts take {size_text(need)}, --max-memory allows {size_text(job.options.memory_bytes)}",
+            f"try --max-memory {need}, or a machine with more",
+        )
 
 
 def available_memory() -> int:
@@ -442,7 +497,12 @@ def quantize_projection(
         m = None if moments is None else moments.of(projection)[members]
         w = w_ENC[members].float()
         w = w if m is None else w.to(m.device)
-        parts = {k: v.cpu() for k, v in method(w, fmt, moments=m, seed=job.options.seed).pack().items()}
+        try:
+            parts = {k: v.cpu() for k, v in method(w, fmt, moments=m, seed=job.options.seed).pack().items()}
+        except BadInput as problem:  # a range too wide: the largest weight is in the matrix to name
+            widest = members[int(w.abs().flatten(1).amax(1).argmax())]
+            name = f"{job.spec.layer(layer).prefix}.{widest}.{projection}_proj"
+            raise BadInput(f"{name}: {problem.line}", problem.hint) from None
         packed |= {LinearId(layer, e, projection): {k: v[i] for k, v in parts.items()} for i, e in enumerate(members)}
     return dict(sorted(packed.items()))
 

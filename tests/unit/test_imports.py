@@ -87,7 +87,7 @@ AUTO_FIRST = "from transformers import AutoModelForCausalLM"
 DOORS = [  # (what is run, whether our families are asked for too: that takes seconds)
     (f"import mopeq\n{MODEL_FIRST}", True),
     (f"import mopeq\n{AUTO_FIRST}", False),
-    ("import mopeq\nfrom transformers import AutoProcessor", True),
+    ("import mopeq\nfrom transformers import AutoProcessor", False),
     ("import mopeq\nimport transformers.quantizers", False),
     (f"{MODEL_FIRST}\nimport mopeq", True),
     (f"{AUTO_FIRST}\nimport mopeq", False),

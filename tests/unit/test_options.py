@@ -47,6 +47,7 @@ def test_defaults() -> None:
         ({"bits": "2,9"}, "9 bits"),
         ({"bits": "-2"}, "-2 bits"),
         ({"bits": None}, "--bits"),
+        ({"bits": (1, 2, 3, 4, 5, 6, 7, 8), "group_size": (8, 16, 32, 64, 128)}, "40 formats"),
         ({"group_size": "0"}, "group size 0"),
         ({"group_size": "sixty"}, "--group-size"),
         ({"group_size": "-64"}, "group size -64"),

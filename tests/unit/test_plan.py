@@ -225,6 +225,14 @@ def test_what_cannot_be_met_names_what_can(
         _ = job(spec, **o, fit=least - 1).predicted_bytes
 
 
+def test_a_budget_short_by_a_little_is_told_in_bytes() -> None:
+    """ "0.15 MiB cannot hold it, it takes 0.15 MiB" would help nobody."""
+    least = least_bytes(job(olmoe()))
+    with pytest.raises(BadInput) as refused:
+        _ = job(olmoe(), fit=least - 1).predicted_bytes
+    assert f"{least - 1:,} bytes" in refused.value.line and f"takes {least:,}" in refused.value.line
+
+
 def test_averages_that_cannot_be_met() -> None:
     with pytest.raises(BadInput, match="cannot be met") as refused:
         _ = job(olmoe(), bits="3,4", avg_bits=2.9).predicted_bytes

@@ -19,7 +19,7 @@ from mopeq.evaluate.compare import compare
 from mopeq.evaluate.generate import answerer
 from mopeq.evaluate.tasks import run_tasks, task_places
 from mopeq.models import load_model, pick_device
-from mopeq.packed import MANIFEST, json_bytes, write_atomic
+from mopeq.packed import MANIFEST, check_if_sealed, json_bytes, write_atomic
 from mopeq.progress import progress, say
 
 
@@ -45,6 +45,7 @@ def evaluate(
     items = [item for path in data for item in read(path)] if data else builtin()
     if not data:
         say("no --data given: measuring on mopeq's small built-in text, which calibration may have seen")
+    check_if_sealed(folder)
     processor = load_processor(folder)
     chosen = pick_device(device)
     packed = load_model(folder, torch.float32, chosen)

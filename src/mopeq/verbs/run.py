@@ -15,6 +15,7 @@ from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item
 from mopeq.errors import BadInput
 from mopeq.models import load_model, pick_device
+from mopeq.packed import check_if_sealed
 
 
 def answer(
@@ -23,6 +24,7 @@ def answer(
     """Greedy answer to a prompt, with pictures where the model reads them; a base model without a chat template
     continues the text. float32 on CPU, bf16 on cuda. BadInput for an unreadable picture."""
     folder, _ = find_folder(out)
+    check_if_sealed(folder)
     processor = load_processor(folder)
     for image in images:
         if not Path(image).is_file():

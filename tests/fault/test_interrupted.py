@@ -1,0 +1,259 @@
+"""Kill it anywhere, start it again with the same command: the result is byte for byte that of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from made import copy, digests, room, source, stored
+from warm import Running, mopeq, server
+
+ASKED = ("--avg-bits", "2.6", "--per", "projection", "--shard-size", "60kB")
+STEPS = [  # where a signal meets the run: before the call of this function that follows so many
+    ("mopeq.stages:sense", 0),
+    ("mopeq.stages:allocate", 0),
+    ("mopeq.stages:quantize_layers", 0),
+    ("mopeq.assemble:write_layer", 0),
+    ("mopeq.assemble:write_layer", 1),
+    ("mopeq.assemble:tensor_data", 25),
+    ("mopeq.assemble:read_tensor", 8),
+    ("mopeq.assemble:write_around", 0),
+    ("mopeq.readback:read_back", 0),
+    ("mopeq.stages:seal", 0),
+    ("mopeq.stages:write_manifest", 0),
+]
+POLITE = [(signal.SIGINT, 0), (signal.SIGTERM, 4), (signal.SIGINT, 5), (signal.SIGTERM, 8), (signal.SIGINT, 10)]
+MEETINGS = [(signal.SIGKILL, *step) for step in STEPS] + [(number, *STEPS[at]) for number, at in POLITE]
+
+
+@cache
+def undisturbed(*more: object) -> dict[str, str]:
+    """Digests of a run that nothing disturbed, made by a process of its own."""
+    out = room() / "undisturbed" / str(abs(hash(more)))
+    assert mopeq("quantize", source("olmoe"), "-o", out, *ASKED, *more).code == 0
+    found = digests(out)
+    assert len([name for name in found if name.endswith(".safetensors")]) > 2
+    return found
+
+
+def start(out: Path, *more: object, **limits: Any) -> Running:
+    return server().start("quantize", source("olmoe"), "-o", out, *ASKED, *more, **limits)
+
+
+def check_unsealed(out: Path) -> None:
+    """What an interrupted run leaves never loads; a polite end leaves no half-written file."""
+    assert not (out / "mopeq_manifest.json").exists()
+    if out.exists():
+        for verb in (("verify", out), ("run", out, "--prompt", "x")):
+            mopeq(*verb).refused()
+
+
+def ended_by(running: Running, number: int) -> None:
+    """The run ended as that signal should end it."""
+    if number == signal.SIGKILL:
+        assert running.wait().code == -signal.SIGKILL
+    else:
+        error, hint = running.wait().refused(1)
+        assert error == "interrupted" and "same command" in hint
+
+
+@pytest.mark.parametrize(("number", "where", "after"), MEETINGS)
+def test_killed_anywhere_and_resumed(number: int, where: str, after: int, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    running = start(out, pause=where, after=after)
+    assert running.wait_until(running.stem.with_suffix(".paused").exists), "it never came there: " + running.err()
+    running.signal(number)
+    ended_by(running, number)
+    if number != signal.SIGKILL:
+        assert not list(out.rglob("*.part"))
+    check_unsealed(out)
+    again = start(out).wait()
+    assert again.code == 0, again
+    assert digests(out) == undisturbed()
+    assert mopeq("verify", out).code == 0
+    assert not list(out.rglob("*.part")) and not (out / ".mopeq" / "quantized").exists()
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    """Eight ends at whatever place the clock finds, all on one folder."""
+    out, kinds = tmp_path / "out", [signal.SIGKILL, signal.SIGINT]
+    for n in range(8):
+        running = start(out)
+        time.sleep(0.05 + 0.07 * n)
+        if server().ask({"alive": running.pid})["alive"]:
+            running.signal(kinds[n % 2])
+        assert running.wait().code in (0, 1, -signal.SIGKILL, -signal.SIGINT)
+    assert start(out).wait().code == 0
+    assert digests(out) == undisturbed() and mopeq("verify", out).code == 0
+
+
+def test_finished_work_is_taken_up_again(tmp_path: Path) -> None:
+    """Not merely done once more: the layers and the sensitivity that were ready are said to be taken."""
+    out = tmp_path / "out"
+    running = start(out, pause="mopeq.assemble:write_layer", after=1)
+    assert running.wait_until(running.stem.with_suffix(".paused").exists)
+    running.signal(signal.SIGKILL)
+    running.wait()
+    layers = list((out / ".mopeq" / "quantized").rglob("*.safetensors"))
+    assert len(layers) == 1
+    before = layers[0].stat().st_mtime_ns
+    moved = start(out, pause="mopeq.stages:seal", release=True)
+    assert moved.wait_until(moved.stem.with_suffix(".paused").exists)
+    assert layers[0].stat().st_mtime_ns == before
+    moved.stem.with_suffix(".go").touch()
+    err = moved.wait().err
+    assert "sense: hessian taken from" in err and "1 of 2 layers taken from" in err
+    once_more = start(out).wait()
+    assert once_more.code == 0 and "already made" in once_more.err
+    assert digests(out) == undisturbed()
+
+
+def test_a_method_with_data_resumes_too(tmp_path: Path) -> None:
+    """Learned rounding on calibration data, killed after its first layer."""
+    text = tiny.write_text(room() / "calib.txt")
+    more = ("--sensitivity", "frequency", "--method", "signround", "--calib", text, "--calib-tokens", "256")
+    out = tmp_path / "out"
+    running = start(out, *more, pause="mopeq.assemble:write_layer", after=1)
+    assert running.wait_until(running.stem.with_suffix(".paused").exists, 120), running.err()
+    running.signal(signal.SIGKILL)
+    running.wait()
+    assert start(out, *more).wait().code == 0
+    assert digests(out) == undisturbed(*more) != undisturbed()
+
+
+# -------------------------------------------------------------------------------------------- two at once
+
+
+def test_two_runs_on_one_folder(tmp_path: Path) -> None:
+    """The second is refused, whichever directory they share; the first goes on unharmed."""
+    out, run = tmp_path / "out", tmp_path / "run"
+    first = start(out, "--run", run, pause="mopeq.stages:write_checkpoint", release=True)
+    assert first.wait_until(first.stem.with_suffix(".paused").exists)
+    for more in (("--run", run), ("--run", tmp_path / "other"), ()):
+        error, _ = start(out, *more).wait().refused()
+        assert "another run is at work" in error
+    error, _ = start(tmp_path / "out2", "--run", run).wait().refused()
+    assert "another run is at work" in error
+    first.stem.with_suffix(".go").touch()
+    assert first.wait().code == 0
+    assert digests(out) == undisturbed()
+    assert start(tmp_path / "out2", "--run", run).wait().code == 0
+    assert digests(tmp_path / "out2") == undisturbed()
+
+
+def test_four_started_together(tmp_path: Path) -> None:
+    """One wins or all wait their turn; nobody breaks anything."""
+    out = tmp_path / "out"
+    together = [start(out) for _ in range(4)]
+    codes = sorted(running.wait().code for running in together)
+    assert codes[0] == 0 and set(codes) <= {0, 2}
+    assert digests(out) == undisturbed() and mopeq("verify", out).code == 0
+
+
+# ------------------------------------------------------------------------------------------------ other inputs
+
+
+def test_another_budget_takes_the_saved_sensitivity(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    folder = source("olmoe")
+    assert mopeq("quantize", folder, "-o", tmp_path / "a", "--run", run, "--avg-bits", "2.5").code == 0
+    second = mopeq("quantize", folder, "-o", tmp_path / "b", "--run", run, "--avg-bits", "3.5")
+    assert second.code == 0 and "sense: hessian taken from" in second.err
+    assert (run / "quantized").exists()  # kept, since --run was given
+    alone = mopeq("quantize", folder, "-o", tmp_path / "c", "--avg-bits", "3.5")
+    assert alone.code == 0 and digests(tmp_path / "b") == digests(tmp_path / "c")
+
+
+def test_a_source_that_changed_is_done_again(tmp_path: Path) -> None:
+    folder, out = copy(source("olmoe"), tmp_path / "model"), tmp_path / "out"
+    running = server().start("quantize", folder, "-o", out, *ASKED, pause="mopeq.stages:write_checkpoint")
+    assert running.wait_until(running.stem.with_suffix(".paused").exists)
+    running.signal(signal.SIGINT)
+    running.wait()
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    raw = bytearray(shard.read_bytes())
+    raw[-2:] = b"\x40\x40"  # the last weight is now 3.0
+    shard.write_bytes(raw)
+    os.utime(shard, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns + 10**9))
+    ended = mopeq("quantize", folder, "-o", out, *ASKED)
+    assert ended.code == 0 and "taken from" not in ended.err
+    clean = mopeq("quantize", folder, "-o", tmp_path / "clean", *ASKED)
+    assert clean.code == 0 and stored(out) == stored(tmp_path / "clean")
+    assert digests(out) != undisturbed()
+
+
+def test_another_model_does_not_go_on_where_one_was_interrupted(tmp_path: Path) -> None:
+    """What is left of the first (a tokenizer, a licence) would be sealed as the second's."""
+    out = tmp_path / "out"
+    running = start(out, pause="mopeq.readback:read_back")
+    assert running.wait_until(running.stem.with_suffix(".paused").exists)
+    running.signal(signal.SIGINT)
+    running.wait()
+    error, _ = mopeq("quantize", source("mixtral"), "-o", out).refused()
+    assert "unfinished checkpoint" in error and str(source("olmoe")) in error
+    other = mopeq("quantize", source("olmoe"), "-o", out, "--avg-bits", "3.5", "--shard-size", "60kB")
+    assert other.code == 0  # another budget of the same model is welcome
+    assert (
+        mopeq("quantize", source("olmoe"), "-o", tmp_path / "clean", "--avg-bits", "3.5", "--shard-size", "60kB").code
+        == 0
+    )
+    assert digests(out) == digests(tmp_path / "clean")
+
+
+def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert start(out).wait().code == 0
+    next(out.glob("model-00002*.safetensors")).unlink()
+    again = start(out).wait()
+    assert again.code == 0 and "is missing" in again.err and "made again" in again.err
+    assert digests(out) == undisturbed()
+
+
+def test_damaged_stage_files(tmp_path: Path) -> None:
+    """A saved sensitivity cut short is named, not believed."""
+    out = tmp_path / "out"
+    running = start(out, pause="mopeq.stages:allocate")
+    assert running.wait_until(running.stem.with_suffix(".paused").exists)
+    running.signal(signal.SIGINT)
+    running.wait()
+    path = next((out / ".mopeq" / "sensitivity").glob("*.npz"))
+    path.write_bytes(path.read_bytes()[:200])
+    error, hint = start(out).wait().refused()
+    assert path.name in error and "delete" in hint
+    path.unlink()
+    assert start(out).wait().code == 0 and digests(out) == undisturbed()
+
+
+# ------------------------------------------------------------------------------------------------- determinism
+
+
+def test_two_runs_are_the_same_bytes(tmp_path: Path) -> None:
+    """Another folder, another process with another hash seed, another place of the source."""
+    from mopeq.progress import silence
+    from mopeq.stages import quantize
+
+    with silence():
+        quantize(source("olmoe"), tmp_path / "here", avg_bits=2.6, per="projection", shard_size="60kB")
+    assert digests(tmp_path / "here") == undisturbed()
+    moved = copy(source("olmoe"), tmp_path / "moved")
+    assert mopeq("quantize", moved, "-o", tmp_path / "there", *ASKED).code == 0
+    assert digests(tmp_path / "there") == undisturbed()
+
+
+def test_only_the_card_and_the_run_file_hold_times_and_paths(tmp_path: Path) -> None:
+    out = tmp_path / "a-telling-name"
+    assert start(out).wait().code == 0
+    run = json.loads((out / "mopeq_run.json").read_text())
+    assert run["source"] == str(source("olmoe").resolve()) and "finished" in run and run["options"]["avg_bits"] == 2.6
+    for path in out.iterdir():
+        if path.is_file() and path.name not in ("mopeq_run.json", "README.md"):
+            data = path.read_bytes()
+            assert b"a-telling-name" not in data and str(source("olmoe")).encode() not in data, path.name
+            assert run["finished"].encode() not in data

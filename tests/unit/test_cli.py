@@ -1,0 +1,224 @@
+"""The command line itself: exit status, what goes where, one line and one hint, whatever the verb fails with."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from mopeq import __version__, cli
+from mopeq.cli import app, run_command
+from mopeq.errors import BadInput, MopeqError
+
+VERBS = ("plan", "quantize", "map", "run", "eval", "report", "verify", "demo")
+
+
+def refused(capsys: Any, arguments: list[str], code: int = 2) -> tuple[str, str]:
+    """(error, hint) of a command that fails with `code`: exactly these two lines, and nothing on stdout."""
+    assert run_command(arguments, False) == code
+    caught = capsys.readouterr()
+    lines = [line for line in caught.err.splitlines() if line]  # an interrupted line is ended first
+    assert caught.out == "" and len(lines) == 2, caught
+    assert lines[0].startswith("error: ") and lines[1].startswith("hint: ")
+    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
+
+
+def test_every_verb_is_there_with_help_and_an_example(capsys: Any) -> None:
+    assert run_command(["--help"], False) == 0
+    top = capsys.readouterr().out
+    for verb in VERBS:
+        assert re.search(rf"\b{verb}\b", top)
+        assert run_command([verb, "--help"], False) == 0
+        shown = capsys.readouterr()
+        assert "Example:" in shown.out and f"mopeq {verb}" in shown.out and "--json" in shown.out and shown.err == ""
+
+
+def test_no_arguments_show_the_help(capsys: Any) -> None:
+    assert run_command([], False) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_version(capsys: Any) -> None:
+    assert run_command(["--version"], False) == 0
+    assert capsys.readouterr().out == f"mopeq {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["plan"],
+        ["plan", "x", "--no-such-flag"],
+        ["plan", "x", "y"],
+        ["plan", "x", "--avg-bits", "many"],
+        ["plan", "x", "--other-bits", "4.5"],
+        ["quantize", "x"],
+        ["quantize", "x", "-o"],
+        ["run", "x"],
+        ["run", "x", "--prompt"],
+        ["quantize", "x", "-o", "y", "--seed", "one"],
+        ["--nonsense"],
+        ["eval"],
+    ],
+)
+def test_what_typer_itself_refuses(arguments: list[str], capsys: Any) -> None:
+    error, hint = refused(capsys, arguments)
+    assert error and "--help" in hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "/nowhere"], "does not exist"),
+        (["plan", "x", "--bits", "2,9"], "9 bits"),
+        (["plan", "x", "--avg-bits", "3", "--fit", "1GB"], "two ways"),
+        (["plan", "x", "--per", "weight"], "--per weight"),
+        (["plan", "x", "--allocate", "magic"], "magic"),
+        (["quantize", "x", "-o", "y", "--sensitivity", "magic"], "magic"),
+        (["quantize", "x", "-o", "y", "--method", "magic"], "magic"),
+        (["quantize", "x", "-o", "y", "--device", "tpu"], "--device tpu"),
+        (["verify", "/nowhere"], "/nowhere"),
+        (["map", "/nowhere"], "/nowhere"),
+        (["run", "/nowhere", "--prompt", "x"], "/nowhere"),
+        (["eval", "/nowhere"], "/nowhere"),
+        (["report", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input(arguments: list[str], said: str, capsys: Any) -> None:
+    error, _ = refused(capsys, arguments)
+    assert said in error
+
+
+def fails_with(monkeypatch: Any, problem: BaseException) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise problem
+
+    monkeypatch.setattr("mopeq.stages.forecast", fail)
+    monkeypatch.setattr("mopeq.stages.open_job", fail)
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "said"),
+    [
+        (BadInput("a\nb\tc", "d\ne"), 2, "a b c"),
+        (MopeqError("broken"), 1, "broken"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "No space left on device (/x)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "Permission denied (/x)"),
+        (OSError("odd"), 1, "odd"),
+        (MemoryError(), 1, "out of memory"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (ValueError("first line\nsecond line"), 1, "ValueError: first line"),
+        (ValueError(""), 1, "ValueError"),
+        (AssertionError("planned 5 bytes, wrote 6"), 1, "planned 5 bytes, wrote 6"),
+        (RecursionError("too deep"), 1, "too deep"),
+    ],
+)
+def test_whatever_goes_wrong_is_one_line_and_a_hint(
+    problem: BaseException, code: int, said: str, monkeypatch: Any, capsys: Any
+) -> None:
+    fails_with(monkeypatch, problem)
+    error, hint = refused(capsys, ["plan", "x"], code)
+    assert said in error and hint
+
+
+def test_space_is_asked_for_when_it_ran_out(monkeypatch: Any, capsys: Any) -> None:
+    fails_with(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    assert "free some space" in refused(capsys, ["plan", "x"], 1)[1]
+
+
+def test_debug_shows_the_traceback(monkeypatch: Any) -> None:
+    fails_with(monkeypatch, ValueError("inside"))
+    with pytest.raises(ValueError, match="inside"):
+        run_command(["plan", "x"], True)
+    fails_with(monkeypatch, BadInput("a line", "a hint"))
+    with pytest.raises(BadInput, match="a line"):
+        run_command(["plan", "x"], True)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_debug_may_stand_anywhere(at: int, monkeypatch: Any) -> None:
+    arguments = ["plan", "x"]
+    arguments.insert(at, "--debug")
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "run_command", lambda a, debug: seen.append((a, debug)) or 0)
+    monkeypatch.setattr("sys.argv", ["mopeq", *arguments])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0 and seen == [(["plan", "x"], True)]
+
+
+def test_json_is_one_object_on_stdout_and_nothing_else(capsys: Any) -> None:
+    from made import source
+
+    folder = source("olmoe")
+    capsys.readouterr()
+    assert run_command(["plan", str(folder), "--json"], False) == 0
+    caught = capsys.readouterr()
+    assert caught.err == "" and caught.out.count("\n") == 1
+    body = json.loads(caught.out)
+    for key in (
+        "params",
+        "expert_params",
+        "bytes_bf16",
+        "bytes_source",
+        "bytes_by_bits",
+        "budget_bytes",
+        "predicted_bytes",
+    ):
+        assert key in body
+
+
+def test_people_get_a_table(capsys: Any) -> None:
+    from made import source
+
+    folder = source("olmoe")
+    capsys.readouterr()
+    for more in ([], ["--allocate", "kmeans"], ["--fit", "60%"]):
+        assert run_command(["plan", str(folder), *more], False) == 0
+        caught = capsys.readouterr()
+        assert "olmoe" in caught.out and "MiB" in caught.out and caught.err == ""
+
+
+def test_flags_of_the_contract() -> None:
+    """Names that users and acceptance rely on; a change here is a change of the interface."""
+    command = typer.main.get_command(app)
+    flags = {
+        name: {option for p in verb.params for option in p.opts if option.startswith("-")}
+        for name, verb in command.commands.items()  # type: ignore[attr-defined]
+    }
+    bytes_flags = {"--bits", "--avg-bits", "--fit", "--per", "--allocate", "--group-size", "--other-bits", "--json"}
+    assert bytes_flags <= flags["plan"]
+    assert flags["quantize"] >= bytes_flags | {
+        "-o", "--sensitivity", "--scope", "--method", "--map", "--calib", "--calib-tokens", "--seed", "--max-memory",
+        "--device", "--run", "--shard-size",
+    }  # fmt: skip
+    assert flags["map"] >= {"--avg-bits", "--fit", "--json"} and flags["run"] >= {"--prompt", "--image", "--json"}
+    assert flags["eval"] >= {"--against", "--data", "--window", "--tasks", "--json"}
+    assert flags["report"] >= {"-o", "--json"} and flags["verify"] >= {"--json"} and flags["demo"] >= {"--json"}
+
+
+def test_a_closed_pipe_is_no_fault(monkeypatch: Any, capsys: Any) -> None:
+    fails_with(monkeypatch, BrokenPipeError())
+    assert run_command(["plan", "x"], False) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_hub_id_that_cannot_be_had(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise RuntimeError("offline\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    error, hint = refused(capsys, ["plan", "org/name"])
+    assert "org/name" in error and "offline" in error and "and more" not in error and hint
+    assert os.listdir(tmp_path) == []
