@@ -98,6 +98,25 @@ def test_sharing_among_steps_equals_brute_force(problem):
         check_against_brute(cost_IF, weight_IF, total)
 
 
+def test_too_many_shares_to_list_are_no_reason_to_give_up(monkeypatch):
+    """Seven items of nearly random weights, first tried by shares: these are too many, the other search is not."""
+    weight_IF = np.array(
+        [
+            [236, 198, 42],
+            [100, 919, 816],
+            [202, 979, 526],
+            [200, 348, 974],
+            [953, 118, 879],
+            [25, 48, 60],
+            [285, 234, 855],
+        ]
+    )
+    cost_IF = np.random.default_rng(0).random((7, 3))
+    monkeypatch.setattr(knapsack, "FIRST_TRY", -1)
+    monkeypatch.setattr(split, "MOST_SHARINGS", 1000)
+    check_against_brute(cost_IF, weight_IF, 2689)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 60), st.sampled_from([(1, 5), (3, 4), (6, 10, 15)]))
 def test_sharing_where_bounds_are_loose(seed, items, steps):
@@ -233,6 +252,10 @@ def test_a_gap_is_a_bound(monkeypatch, seed):
     assert best.cost < early.cost <= best.cost + early.gap * (1 + 1e-9)
 
 
+def too_wide(*_):
+    raise core.TooWide
+
+
 def test_a_gap_of_shares_is_a_bound(monkeypatch):
     rng = np.random.default_rng(3)
     weight_IF = np.array([[0, 1, 2], [0, 7, 14]])[np.arange(300) % 2]
@@ -241,6 +264,7 @@ def test_a_gap_of_shares_is_a_bound(monkeypatch):
     monkeypatch.setattr(knapsack, "FIRST_TRY", -1)
     assert solve(cost_IF, weight_IF, 1000).cost == pytest.approx(best.cost, rel=1e-12)
     monkeypatch.setattr(split, "MOST_TRIALS", 1)
+    monkeypatch.setattr(knapsack, "cheapest", too_wide)  # so that the answer is the shares' own
     early = solve(cost_IF, weight_IF, 1000)
     assert best.cost <= early.cost * (1 + 1e-12)
     assert early.cost <= best.cost + early.gap + 1e-12

@@ -11,6 +11,7 @@ from mopeq.alloc import knapsack as exact
 from mopeq.alloc.kmeans import cluster
 from mopeq.errors import BadInput
 from mopeq.plan import Problem, Target
+from mopeq.progress import say
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ def knapsack(q: Question) -> np.ndarray:
 def least_cost(q: Question, cost_JF: np.ndarray) -> np.ndarray:
     """The cheapest choice that meets the target exactly."""
     assert q.target is not None
-    if q.target.code_bits is None:
-        return exact.solve(cost_JF, q.problem.bytes_JF, q.target.expert_bytes).choice_I
     p = q.problem
-    return exact.solve_code(cost_JF, p.code_JF, p.bytes_JF, q.target.code_bits, q.target.expert_bytes).choice_I
+    if q.target.code_bits is None:
+        found = exact.solve(cost_JF, p.bytes_JF, q.target.expert_bytes)
+    else:
+        found = exact.solve_code(cost_JF, p.code_JF, p.bytes_JF, q.target.code_bits, q.target.expert_bytes)
+    if found.gap > 0:
+        say(f"allocate: stopped early; the map's cost {found.cost:.4g} is at most {found.gap:.2g} above the least")
+    return found.choice_I
 
 
 def inverted(q: Question) -> np.ndarray:
@@ -68,7 +73,7 @@ def uniform(q: Question) -> np.ndarray:
     """Every item in the one format whose totals are the target."""
     assert q.target is not None
     fits_F = q.problem.bytes_JF.sum(0) == q.target.expert_bytes
-    return np.full(len(q.problem.bytes_JF), int(np.flatnonzero(fits_F)[0]), dtype=np.int64)
+    return baselines.uniform(len(q.problem.bytes_JF), int(np.flatnonzero(fits_F)[0]))
 
 
 def random(q: Question) -> np.ndarray:

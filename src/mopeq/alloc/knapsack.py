@@ -93,20 +93,28 @@ def _solve(cost_IF: Floats, weight_IF: Ints, bytes_IF: Ints | None, total: int) 
 
 
 def _spend(items: Items, need: int, two_levels: bool) -> tuple[Ints | None, float]:
-    """The cheapest choice of `need` units and its gap: all shapes together, or if that grows too wide, by shares."""
+    """The cheapest choice of `need` units and its gap: all shapes together, or if that grows too wide, by shares; last
+    all together again, with all the work allowed. The first answer without a gap, else that of the least gap."""
     edges = hull_edges(items)
     if two_levels or not 1 < len(parts := by_step(items)) <= MOST_PARTS:
         return cheapest(items, edges, need)
-    try:
-        choice_I, gap = cheapest(items, edges, need, FIRST_TRY)
-    except TooWide:
-        return cheapest_split(items, parts, need)
-    if gap > 0:
+    best: tuple[Ints | None, float] | None = None
+    for search in (
+        lambda: cheapest(items, edges, need, FIRST_TRY),
+        lambda: cheapest_split(items, parts, need),
+        lambda: cheapest(items, edges, need),  # where there are too many shares to list
+    ):
         try:
-            return cheapest_split(items, parts, need)
+            found = search()
         except TooWide:
-            pass
-    return choice_I, gap
+            continue
+        if found[1] == 0:
+            return found  # optimal, or proven that there is none
+        if best is None or found[1] < best[1]:
+            best = found
+    if best is None:
+        raise TooWide
+    return best
 
 
 def _check(cost_IF: Floats, weight_IF: Ints) -> None:
