@@ -125,8 +125,7 @@ def write_around(
         else:
             shutil.copyfile(path, out / path.name)
     config = {k: v for k, v in spec.config.items() if k != "auto_map"}
-    source_bytes = sum(t.nbytes for t in spec.tensors.values())
-    config["quantization_config"] = quantization_config(map_, other.name if other else None, source_bytes, payload)
+    config["quantization_config"] = quantization_config(map_, other.name if other else None, spec.nbytes, payload)
     write_atomic(out / "config.json", json_bytes(config))
     write_atomic(out / "precision_map.json", json_bytes(map_.to_json()))
 
@@ -188,8 +187,5 @@ def dense_layer(
                 info = spec.tensors[place.tensor]
                 target = whole.setdefault(place.tensor, torch.empty(info.shape, dtype=value.dtype))[e]
                 target = target.T if place.transposed else target
-                half = target.shape[0] // 2
-                part = {"all": slice(None), "first": slice(half), "second": slice(half, None)}
-                part |= {"even": slice(0, None, 2), "odd": slice(1, None, 2)}
-                target[part[place.rows]] = value
+                target[place.part(target.shape[0])] = value
     yield from whole.items()

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopeq.errors import BadInput
+from mopeq.errors import BadInput, first_line
 from mopeq.nouns import DTYPE_BITS, TensorInfo, digest_of, tensor_bytes
 
+INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -46,9 +47,8 @@ def find_folder(model: str | os.PathLike[str]) -> tuple[Path, str]:
     try:
         got = snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py", "*.gguf", "*.onnx", "*.h5"])
     except Exception as problem:  # the hub's errors share no base class; every one of them means "not to be had"
-        line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise BadInput(
-            f"{name} is no folder here and the hub did not give it: {line}", "check the path or the id"
+            f"{name} is no folder here and the hub did not give it: {first_line(problem)}", "check the path or the id"
         ) from None
     return Path(got), Path(got).name
 
@@ -121,17 +121,30 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     return tensors, 8 + length
 
 
+def read_index(folder: Path) -> dict[str, str] | None:
+    """{tensor: shard} as the folder's index promises, or None where there is none."""
+    index = folder / INDEX
+    if not index.exists():
+        return None
+    body = read_json(index)
+    weight_map = body.get("weight_map") if isinstance(body, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise BadInput(f"{INDEX} has no weight_map", "the index is damaged; fetch it again")
+    return weight_map
+
+
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, else those that lie there."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map") if isinstance(read_json(index), dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise BadInput(f"{index.name} has no weight_map", "the index is damaged; fetch it again")
+    return listed_files(folder, read_index(folder))
+
+
+def listed_files(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
+    """As `shard_files`, with the index read already."""
+    if weight_map is not None:
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
-                raise BadInput(f"{index.name} points outside the folder: {name!r}", "the index is damaged")
+                raise BadInput(f"{INDEX} points outside the folder: {name!r}", "the index is damaged")
             if not (folder / name).is_file():
                 raise BadInput(f"the shard {name} is missing from {folder}", "fetch the checkpoint again")
         return [folder / name for name in names]
@@ -158,7 +171,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise BadInput(f"{folder}/config.json is no JSON object", "the file is damaged; fetch it again")
     tensors: dict[str, TensorInfo] = {}
     header_bytes, stamps = 0, []
-    for path in shard_files(folder):
+    weight_map = read_index(folder)
+    for path in listed_files(folder, weight_map):
         found, length = read_header(path)
         double = next((name for name in found if name in tensors), None)
         if double is not None:
@@ -166,13 +180,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         tensors |= found
         header_bytes += length
         stamps.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        for name, file in read_json(index)["weight_map"].items():
-            if name not in tensors or tensors[name].file != file:
-                raise BadInput(
-                    f"{index.name} promises {name} in {file}, which has it not", "fetch the checkpoint again"
-                )
+    for name, file in (weight_map or {}).items():
+        if name not in tensors or tensors[name].file != file:
+            raise BadInput(f"{INDEX} promises {name} in {file}, which has it not", "fetch the checkpoint again")
     rows = [[t.name, t.dtype, list(t.shape), t.file, t.offset] for t in tensors.values()]
     return Checkpoint(folder, config, tensors, digest_of([config, stamps, sorted(rows)]), header_bytes)
 

@@ -22,3 +22,8 @@ class BadInput(MopeqError):
     """What was asked for cannot be done as asked. Exit status 2."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that says something of another library's error, or the error's type where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mopeq.errors import BadInput, MopeqError
+from mopeq.errors import BadInput, MopeqError, first_line
 
 
 def quiet_transformers() -> None:
@@ -44,9 +44,9 @@ def load_config(folder: Path) -> Any:
     except MopeqError:
         raise
     except Exception as problem:  # transformers raises whatever its config classes raise
-        line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise BadInput(
-            f"transformers cannot read {folder}/config.json: {line}", "is the family known to transformers?"
+            f"transformers cannot read {folder}/config.json: {first_line(problem)}",
+            "is the family known to transformers?",
         ) from None
 
 

@@ -21,7 +21,6 @@ from mopeq.errors import BadInput
 
 PROJECTIONS = ("gate", "up", "down")  # the order used everywhere: on disk, in maps, in arrays
 BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
-KIB = 1024
 
 
 @dataclass(frozen=True, order=True)
@@ -165,6 +164,17 @@ class Place:
     def per_expert(self) -> bool:
         return "{e}" in self.tensor
 
+    def part(self, outputs: int) -> slice:
+        """Which of the fused tensor's `outputs` are this projection's."""
+        half = outputs // 2
+        return {
+            "all": slice(None),
+            "first": slice(half),
+            "second": slice(half, None),
+            "even": slice(0, None, 2),
+            "odd": slice(1, None, 2),
+        }[self.rows]
+
 
 @dataclass(frozen=True)
 class MoELayer:
@@ -180,6 +190,11 @@ class MoELayer:
     @property
     def projections(self) -> tuple[str, ...]:
         return tuple(p for p in PROJECTIONS if p in self.shapes)
+
+    @property
+    def params(self) -> int:
+        """Weights of the layer's routed experts, biases not counted."""
+        return self.experts * sum(out * n for out, n in self.shapes.values())
 
 
 @dataclass(frozen=True)
@@ -209,7 +224,17 @@ class MoESpec:
     @property
     def expert_params(self) -> int:
         """Weights of routed experts, biases not counted."""
-        return sum(layer.experts * out * n for layer in self.layers for out, n in layer.shapes.values())
+        return sum(layer.params for layer in self.layers)
+
+    @property
+    def params(self) -> int:
+        """Stored values of the whole checkpoint, each tensor once."""
+        return sum(tensor.count for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Payload of the source."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 ROLES = ("routed expert", "shared expert", "router", "attention", "vision tower", "embedding", "other")

@@ -110,7 +110,7 @@ class Options:
             share = re.fullmatch(r"(\d{1,4}(?:\.\d{1,9})?)\s*%", text)
             if not share:
                 raise BadInput(f"--fit {text} is no fraction", "write it like 25%")
-            return Budget(fit_bytes=int(2 * sum(t.count for t in spec.tensors.values()) * Fraction(share[1]) / 100))
+            return Budget(fit_bytes=int(2 * spec.params * Fraction(share[1]) / 100))
         return Budget(fit_bytes=parse_size(self.fit))
 
     @property

@@ -125,17 +125,16 @@ def plan(model: str | Path, **options: Any) -> dict[str, Any]:
 
 def forecast(job: Job) -> dict[str, Any]:
     spec, options = job.spec, job.options
-    params = sum(t.count for t in spec.tensors.values())
     by_bits = {str(f.bits): uniform_bytes(spec, f, job.fixed) for f in reversed(options.formats)}
     predicted = job.predicted_bytes
     shown = {
         "model_type": spec.model_type,
-        "params": params,
+        "params": spec.params,
         "expert_params": spec.expert_params,
         "layers": len(spec.layers),
         "experts": sum(layer.experts for layer in spec.layers),
-        "bytes_bf16": 2 * params,
-        "bytes_source": sum(t.nbytes for t in spec.tensors.values()),
+        "bytes_bf16": 2 * spec.params,
+        "bytes_source": spec.nbytes,
         "header_bytes_source": job.checkpoint.header_bytes,
         "bytes_by_bits": by_bits,
         "bytes_other": job.fixed,
@@ -194,7 +193,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
     check_ties(job)
     calibration = load_calibration(job)
     run = RunDir(Path(job.options.run) if job.options.run else out / ".mopeq")
-    source = sum(t.nbytes for t in job.spec.tensors.values())
+    source = job.spec.nbytes
     ahead = "its size is decided by the clusters" if predicted is None else size_text(predicted)
     say(f"{job.folder.name or job.folder}: {size_text(source)} -> {ahead}")
     with ExitStack() as held:
@@ -333,7 +332,7 @@ def load_calibration(job: Job) -> Calibration | None:
     from mopeq.data.calibration import calibrate_with
     from mopeq.models import load_config
 
-    whole = 4 * sum(t.count for t in job.spec.tensors.values())
+    whole = 4 * job.spec.params
     limit = job.options.memory_bytes or available_memory()
     if whole > limit:
         raise BadInput(
@@ -349,8 +348,7 @@ def load_calibration(job: Job) -> Calibration | None:
 
 def check_layer_fits(job: Job) -> None:
     """BadInput where --max-memory cannot hold one layer: as stored, in float32, and one more copy while rounding."""
-    weights = max(x.experts * sum(out * n for out, n in x.shapes.values()) for x in job.spec.layers)
-    need = largest_layer_bytes(job.spec) + 8 * weights
+    need = largest_layer_bytes(job.spec) + 8 * max(layer.params for layer in job.spec.layers)
     if job.options.memory_bytes is not None and need > job.options.memory_bytes:
         raise BadInput(
             f"one layer's experts take {size_text(need)}, --max-memory allows {size_text(job.options.memory_bytes)}",
@@ -465,7 +463,7 @@ def quantize_layers(
         say(f"quantize: {len(files) - len(todo)} of {len(files)} layers taken from {run.path}")
     notes: list[str] = []
     moments = layer_moments(job, calibration, {layer.layer for layer in todo}) if shown else {}
-    total = sum(x.experts * out * n for x in todo for out, n in x.shapes.values())
+    total = sum(layer.params for layer in todo)
     with progress(f"quantize: {o.method}", total, "weights") as p:
         for layer in todo:
             weights = read_layer(job.folder, job.spec, layer)

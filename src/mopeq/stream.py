@@ -61,11 +61,4 @@ def read_place(folder: Path, spec: MoESpec, place: Place, experts: int, cache: d
         rows = cache[place.tensor]
     if place.transposed:
         rows = rows.transpose(1, 2)
-    half = rows.shape[1] // 2
-    return {
-        "all": rows,
-        "first": rows[:, :half],
-        "second": rows[:, half:],
-        "even": rows[:, ::2],
-        "odd": rows[:, 1::2],
-    }[place.rows]
+    return rows[:, place.part(rows.shape[1])]

@@ -94,6 +94,12 @@ class QWeight:
             fmt,
         )
 
+    @classmethod
+    def join(cls, parts: list[QWeight]) -> QWeight:
+        """Batches of matrices of one format put together."""
+        zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts if q.zeros is not None])
+        return cls(torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]), zeros, parts[0].format)
+
     def __getitem__(self, index: int) -> QWeight:
         """One matrix of a batch."""
         zeros = None if self.zeros is None else self.zeros[index]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mopeq.data.processor import reads_pictures, tokenizer_of
 from mopeq.data.readers import Item, picture
-from mopeq.errors import BadInput
+from mopeq.errors import BadInput, first_line
 
 Batch = dict[str, Tensor]
 OURS = ("answer_mask", "image_mask")  # masks of a batch that no model's forward takes
@@ -51,8 +51,9 @@ def encode_prompt(item: Item, processor: Any) -> Batch:
     try:
         return _model_batch(_processed(item, processor))
     except (ValueError, TypeError, IndexError, TemplateError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{item.source}: the processor refuses it ({said})", "check its messages and pictures") from None
+        raise BadInput(
+            f"{item.source}: the processor refuses it ({first_line(error)})", "check its messages and pictures"
+        ) from None
 
 
 def _processed(item: Item, processor: Any) -> Any:
@@ -220,9 +221,14 @@ def max_positions(config: Any) -> int | None:
     return next((number for number in found if isinstance(number, int) and number > 0), None)
 
 
-def model_inputs(batch: Batch) -> Batch:
-    """The batch without the masks that are ours."""
-    return {key: value for key, value in batch.items() if key not in OURS}
+def model_inputs(batch: Batch, device: Any = None) -> Batch:
+    """The batch without the masks that are ours, moved to `device` if one is given."""
+    return {key: value if device is None else value.to(device) for key, value in batch.items() if key not in OURS}
+
+
+def no_padding(batch: Batch) -> Tensor:
+    """Positions [B, T] bool that are no padding: all of them where there is no attention mask."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 def _ids(text: str, tokenizer: Any) -> list[int]:

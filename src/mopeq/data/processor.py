@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mopeq.errors import BadInput
+from mopeq.errors import BadInput, first_line
 
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"),
@@ -51,7 +51,7 @@ def load_processor(folder: str | Path) -> Any:
         if pictures and ("torchvision" in said or "video processor" in said):
             return pictures_only(folder)
         hint = "are the tokenizer and processor files complete? (mopeq never runs a checkpoint's own code)"
-        raise BadInput(f"{folder}: its processor cannot be loaded: {_line(error)}", hint) from None
+        raise BadInput(f"{folder}: its processor cannot be loaded: {first_line(error)[:200]}", hint) from None
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -119,8 +119,3 @@ def mend_torchvision() -> bool:
         del sys.modules[name]  # half imported
     importlib.import_module("torchvision")
     return True
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

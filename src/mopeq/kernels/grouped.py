@@ -46,7 +46,7 @@ def grouped_linear(experts: Any, p: str, x_SN: Tensor, ids_S: Tensor, spans: dic
     y = x_SN.new_empty(x_SN.shape[0], out_features)
     step = max(1, CHUNK // (out_features * in_features))
     for tier in experts.tiers(p):
-        chosen = [e for e in tier.experts if e in spans]
+        chosen = [e for e in tier.rows if e in spans]
         for first in range(0, len(chosen), step):
             part = chosen[first : first + step]
             w_ENC = tier.dequantize(part, x_SN.dtype)

@@ -55,9 +55,9 @@ def as_bits(scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tier:
-    """The experts of one layer and projection that share a format, stacked: row `slot[e]` is expert e's."""
+    """The experts of one layer and projection that share a format, stacked: row `rows[e]` is expert e's."""
 
-    experts: tuple[int, ...]
+    rows: dict[int, int]  # expert -> row
     format: Format
     shape: tuple[int, int]
     codes: Tensor  # uint8 [n, out, row bytes]
@@ -66,8 +66,7 @@ class Tier:
 
     def qweight(self, chosen: list[int]) -> QWeight:
         """The unpacked matrices [len(chosen), out, in] of some of this tier's experts."""
-        slots = [self.experts.index(e) for e in chosen]
-        rows = torch.tensor(slots, device=self.codes.device)
+        rows = torch.tensor([self.rows[e] for e in chosen], device=self.codes.device)
         out_features, in_features = self.shape
         zeros = None
         if self.zeros is not None:
@@ -103,7 +102,7 @@ class QuantizedExperts(nn.Module):
         self._original = (original,)  # in a tuple: it is asked for its gate, but is no submodule
         for name, child in original.named_children():
             self.add_module(name, child)
-        self._tiers: dict[str, list[tuple[Format, tuple[int, ...]]]] = {}
+        self._tiers: dict[str, list[tuple[Format, dict[int, int]]]] = {}
         for e in range(self.num_experts):
             holders = nn.Module()
             for p in self.projections:
@@ -125,8 +124,8 @@ class QuantizedExperts(nn.Module):
                 check_loaded(holder, self.formats[p][e], self.shapes[p], f"expert {e} {p}")
             tiers = {}
             for fmt in sorted(set(self.formats[p])):
-                members = tuple(e for e in range(self.num_experts) if self.formats[p][e] == fmt)
-                tiers[fmt] = members
+                members = [e for e in range(self.num_experts) if self.formats[p][e] == fmt]
+                tiers[fmt] = {e: row for row, e in enumerate(members)}
                 for suffix in fmt.shapes(*self.shapes[p]):
                     stacked = torch.stack([getattr(holders[e], suffix).data for e in members])
                     for e in members:
@@ -144,14 +143,14 @@ class QuantizedExperts(nn.Module):
         """The tiers of one projection, narrowest first."""
         return [
             Tier(
-                members,
+                rows,
                 fmt,
                 self.shapes[p],
                 getattr(self, f"{p}_{fmt.name}_qweight"),
                 getattr(self, f"{p}_{fmt.name}_scales"),
                 getattr(self, f"{p}_{fmt.name}_zeros", None),
             )
-            for fmt, members in self._tiers[p]
+            for fmt, rows in self._tiers[p]
         ]
 
     def bias_of(self, p: str) -> Tensor | None:
@@ -160,7 +159,7 @@ class QuantizedExperts(nn.Module):
 
     def qweight(self, e: int, p: str) -> QWeight:
         """One expert's matrix, unpacked."""
-        return next(tier for tier in self.tiers(p) if e in tier.experts).qweight([e])[0]
+        return next(tier for tier in self.tiers(p) if e in tier.rows).qweight([e])[0]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         from mopeq.kernels import KERNELS
@@ -173,7 +172,7 @@ class QuantizedExperts(nn.Module):
         for p in self.projections if self.sealed else ():
             bias = self.bias_of(p)
             for tier in self.tiers(p):
-                for slot, e in enumerate(tier.experts):
+                for e, slot in tier.rows.items():
                     stem = f"{prefix}{e}.{p}_proj"
                     destination[f"{stem}.qweight"] = tier.codes[slot]
                     destination[f"{stem}.scales"] = tier.scale_bits[slot].view(torch.float16)

@@ -150,9 +150,6 @@ class MopeqQuantizer(HfQuantizer):
                 module.seal()
         return model
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
-
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 

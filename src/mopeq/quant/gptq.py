@@ -31,8 +31,7 @@ def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, **_: Any) ->
         return round_to_nearest(w, fmt)
     size = max(1, CHUNK // (w.shape[1] * w.shape[2]))
     parts = [solve(w[a : a + size].float(), fmt, moments[a : a + size].float()) for a in range(0, len(w), size)]
-    zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts if q.zeros is not None])
-    return QWeight(torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]), zeros, fmt)
+    return QWeight.join(parts)
 
 
 def solve(w_ENC: Tensor, fmt: Format, m_ECC: Tensor) -> QWeight:

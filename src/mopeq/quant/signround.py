@@ -34,8 +34,7 @@ def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, steps: int =
         return round_to_nearest(w, fmt)
     size = max(1, CHUNK // (w.shape[1] * w.shape[2])) if w.device.type == "cpu" else len(w)
     parts = [tune(w[a : a + size].float(), fmt, moments[a : a + size], steps) for a in range(0, len(w), size)]
-    zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts if q.zeros is not None])
-    return QWeight(torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]), zeros, fmt)
+    return QWeight.join(parts)
 
 
 def tune(w: Tensor, fmt: Format, moments: Tensor, steps: int) -> QWeight:

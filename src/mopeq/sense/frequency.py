@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs
+from mopeq.data.encode import model_inputs, no_padding
 from mopeq.nouns import Sensitivity
 from mopeq.progress import progress
 from mopeq.seam import model_layers, plain_forward, watch
@@ -33,7 +33,7 @@ class Counts:
 
     def show(self, batch: dict[str, Tensor]) -> None:
         """Which positions of the batch about to run count as what."""
-        valid = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten()
+        valid = no_padding(batch).flatten()
         image = batch.get("image_mask", torch.zeros_like(valid)).bool().flatten()
         self.masks = {"text": valid & ~image, "image": valid & image}
 
@@ -67,7 +67,7 @@ def count(scene: Scene) -> Counts:
     with torch.no_grad(), watch(model, counts), progress("sense: frequency", total, "tokens") as p:
         for batch in scene.batches:
             counts.show(batch)
-            model(**{k: v.to(device) for k, v in model_inputs(batch).items()}, use_cache=False)
+            model(**model_inputs(batch, device), use_cache=False)
             p.step(batch["input_ids"].numel())
     return counts
 

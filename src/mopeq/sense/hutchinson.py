@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs
+from mopeq.data.encode import model_inputs, no_padding
 from mopeq.nouns import MoELayer, Sensitivity
 from mopeq.progress import progress
 from mopeq.seam import model_layers, views, watch
@@ -55,10 +55,10 @@ def sense(scene: Scene) -> Sensitivity:
 def mean_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Mean next-token loss (nats) over a batch; over the answer's tokens alone where there is an answer."""
     device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in model_inputs(batch).items()}
+    inputs = model_inputs(batch, device)
     logits_BTV = model(**inputs, use_cache=False).logits
     targets = inputs["input_ids"][:, 1:].clone()
-    valid = batch.get("answer_mask", batch.get("attention_mask", torch.ones_like(batch["input_ids"])))
+    valid = batch.get("answer_mask", no_padding(batch))
     targets[~valid.to(device)[:, 1:].bool()] = -100
     return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten())
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs
+from mopeq.data.encode import model_inputs, no_padding
 from mopeq.nouns import MoELayer, MoESpec
 from mopeq.progress import progress
 from mopeq.seam import Seen, model_layers, plain_forward, watch
@@ -99,8 +99,8 @@ def one_pass(
     total = sum(batch["input_ids"].numel() for batch in batches)
     with torch.no_grad(), watch(model, watcher), progress(what, total, "tokens") as p:
         for batch in batches:
-            valid_T = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten().to(device)
-            model(**{k: v.to(device) for k, v in model_inputs(batch).items()}, use_cache=False)
+            valid_T = no_padding(batch).flatten().to(device)
+            model(**model_inputs(batch, device), use_cache=False)
             p.step(batch["input_ids"].numel())
     for layer, module in pairs:
         yield layer, found.pop(id(module))

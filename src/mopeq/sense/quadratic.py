@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs
+from mopeq.data.encode import model_inputs, no_padding
 from mopeq.nouns import MoELayer, Sensitivity
 from mopeq.progress import progress
 from mopeq.quant import QUANTIZERS
@@ -171,7 +171,7 @@ def passes(scene: Scene, pairs: list[tuple[MoELayer, Any]]) -> list[tuple[int, i
         end, used = at, 0
         while end < len(pairs):
             layer = pairs[end][0]
-            size = 4 * len(scene.formats) * layer.experts * sum(out * n for out, n in layer.shapes.values())
+            size = 4 * len(scene.formats) * layer.params
             if end > at and used + size > scene.memory_bytes:
                 break
             used += size
@@ -191,7 +191,7 @@ def candidate_errors(scene: Scene, model: Any, part: list[tuple[MoELayer, Any]])
             seen.fill_starved()
             moments[layer.layer] = seen
     deltas = {}
-    total = len(scene.formats) * sum(layer.experts * out * n for layer, _ in part for out, n in layer.shapes.values())
+    total = len(scene.formats) * sum(layer.params for layer, _ in part)
     with torch.no_grad(), progress(f"sense: candidates by {scene.quantizer}", total, "weights") as p:
         for layer, module in part:
             for projection, w in weights(module).items():
@@ -232,14 +232,14 @@ def one_pass(
 def show(taker: Taker, batch: Batch, scene: Scene, device: Any) -> None:
     """Set the taker up for a batch: its rows, its positions that are no padding, empty sums."""
     taker.rows = batch["input_ids"].shape[0]
-    taker.valid_T = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten().to(device)
+    taker.valid_T = no_padding(batch).flatten().to(device)
     for (layer, p), rows in taker.deltas.items():
         taker.found[layer, p] = torch.zeros(rows[0].shape[0], len(scene.formats), dtype=torch.float64)
 
 
 def run_batch(kind: str, model: Any, batch: Batch, generator: torch.Generator, device: Any) -> float:
     """Run a batch forward (and, but for `error`, backward from sampled labels); the number of predicting positions."""
-    inputs = {k: v.to(device) for k, v in model_inputs(batch).items()}
+    inputs = model_inputs(batch, device)
     predicts_BT = predicting(batch)
     if kind == "error":
         with torch.no_grad():
@@ -258,8 +258,7 @@ def run_batch(kind: str, model: Any, batch: Batch, generator: torch.Generator, d
 
 def predicting(batch: Batch) -> Tensor:
     """Positions [B, T] whose prediction counts: those before an answer's tokens, else all that are no padding."""
-    ids = batch["input_ids"]
-    valid = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    valid = no_padding(batch)
     if "answer_mask" not in batch:
         return valid & ~batch.get("image_mask", torch.zeros_like(valid)).bool()
     ahead = torch.zeros_like(valid)

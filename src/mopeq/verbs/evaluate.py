@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mopeq.checkpoint import find_folder
-from mopeq.data.encode import Batch, batches
+from mopeq.data.encode import Batch, batches, model_inputs
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor
 from mopeq.data.readers import Item, builtin, read
@@ -40,6 +40,7 @@ def evaluate(
     save: per-item records (JSON lines). float32 throughout. BadInput for unreadable data or folders.
     """
     folder, _ = find_folder(out)
+    source = None if against is None else find_folder(against)[0]  # a wrong path is said before anything is loaded
     if window < 2:
         raise BadInput(f"--window {window} is too short", "a window holds at least 2 tokens, for example --window 2048")
     items = [item for path in data for item in read(path)] if data else builtin()
@@ -51,7 +52,7 @@ def evaluate(
     packed = load_model(folder, torch.float32, chosen)
     asked = by_task([item for item in items if item.text is None and item.answer is not None], tasks, limit)
     shown = rows(items, processor, packed.config, window, limit, asked)
-    original = load_model(find_folder(against)[0], torch.float32, chosen) if against is not None else None
+    original = load_model(source, torch.float32, chosen) if source is not None else None
     result: dict[str, Any] = {"out": str(out), "against": None if against is None else str(against)}
     result |= measure(shown, packed, original)
     result["tasks"] = answer_tasks(asked, packed, processor, save) if asked else {}
@@ -88,7 +89,7 @@ def measure(shown: list[Batch], packed: Any, original: Any) -> dict[str, Any]:
 
         def logits_of(model: Any, counted: bool) -> Any:
             def logits(inputs: Batch) -> torch.Tensor:
-                found = model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).logits
+                found = model(**model_inputs(inputs, device), use_cache=False).logits
                 if counted:
                     p.step(inputs["input_ids"].numel())
                 return found

@@ -35,6 +35,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from transformers.models.siglip.modeling_siglip import eager_attention_forward
 
 from mopeq.families.fatal_keys import FatalMissingKeys
+from mopeq.families.generating import PicturesOnce
 from mopeq.families.ports import NotThisModel
 
 from .configuration_deepseek_vl2 import MODEL, DeepseekVLV2Config, DeepseekVLV2TextConfig, DeepseekVLV2VisionConfig
@@ -225,7 +226,8 @@ class DeepseekVLV2Language(nn.Module):
 # ------------------------------------------------------------------------------------------------ together
 
 
-class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
+class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, PicturesOnce, GenerationMixin):
+    picture_inputs = ("images", "images_seq_mask", "images_spatial_crop")
     _tied_weights_keys: ClassVar = {"language.lm_head.weight": "language.model.embed_tokens.weight"}
     _keep_in_fp32_modules_strict: ClassVar = ["e_score_correction_bias"]
 
@@ -335,26 +337,4 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.language.lm_head(out.last_hidden_state[:, last])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.language_config.vocab_size)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            router_logits=getattr(out, "router_logits", None),
-        )
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The pictures go in with the prompt only; without a cache every step is the prompt again."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for key in ("images", "images_seq_mask", "images_spatial_crop"):
-                inputs.pop(key, None)
-        return inputs
+        return self.causal_output(out, self.language.lm_head, labels, logits_to_keep)

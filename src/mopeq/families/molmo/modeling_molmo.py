@@ -23,6 +23,7 @@ from transformers.models.clip.modeling_clip import eager_attention_forward
 from transformers.models.olmoe.modeling_olmoe import OlmoeModel
 
 from mopeq.families.fatal_keys import FatalMissingKeys
+from mopeq.families.generating import PicturesOnce
 
 from .configuration_molmo import MolmoConfig, MolmoVisionConfig
 
@@ -274,7 +275,9 @@ class MolmoModel(MolmoPreTrainedModel):
         )
 
 
-class MolmoForCausalLM(MolmoPreTrainedModel, GenerationMixin):
+class MolmoForCausalLM(MolmoPreTrainedModel, PicturesOnce, GenerationMixin):
+    picture_inputs = ("images", "image_masks", "image_input_idx")
+
     def __init__(self, config: MolmoConfig):
         super().__init__(config)
         self.model = MolmoModel(config)
@@ -330,29 +333,7 @@ class MolmoForCausalLM(MolmoPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, last])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, logits.shape[-1])
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            router_logits=getattr(out, "router_logits", None),
-        )
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The pictures go in with the prompt only; without a cache every step is the prompt again."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for key in ("images", "image_masks", "image_input_idx"):
-                inputs.pop(key, None)
-        return inputs
+        return self.causal_output(out, self.lm_head, labels, logits_to_keep)
 
 
 def register_weight_names() -> None:
