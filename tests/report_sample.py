@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mopeq.nouns import PROJECTIONS, Format, LinearId, PrecisionMap, Sensitivity
+from mopeq.report.explore import Explorer
 from mopeq.report.facts import Missing, Part, Subject, read_evaluation, senses_of, widths_of
 
 FORMATS = (Format(2), Format(3), Format(4))
@@ -104,6 +105,24 @@ def subject(
         missing={},
     )
     return replace(full, **changes)
+
+
+def explored(layers: int, experts: int) -> Subject:
+    """A subject whose budgets can be explored, by projection, at the sizes of a 30 B model's experts."""
+    shapes = {"gate": (768, 2048), "up": (768, 2048), "down": (2048, 768)}
+    rng = np.random.default_rng(0)
+    cost_JF = np.exp(rng.normal(-9, 1.2, (layers * experts * 3, 1))) * 4.0 ** -np.array([[2, 3, 4]])
+    explorer = Explorer(
+        per="projection",
+        formats=FORMATS,
+        layers=tuple((1 + n, f"model.layers.{1 + n}.mlp.experts", experts, shapes) for n in range(layers)),
+        cost_JF=cost_JF,
+        unit="nats per token",
+        other={"attention": 10**9, "embedding": 6 * 10**8},
+        start=16 * 10**8 + layers * experts * sum(Format(3).nbytes(*shape) for shape in shapes.values()),
+        command=("mopeq quantize a-model -o NEW --fit ", " --run RUN"),
+    )
+    return subject(layers=layers, experts=experts, explorer=explorer)
 
 
 def bare(name: str = "bare") -> Subject:

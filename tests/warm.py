@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from made import room
+from made import DATA_FREE, room
 
 SOURCES = [str(Path(__file__).resolve().parents[1] / "src"), str(Path(__file__).resolve().parent)]
 
@@ -52,14 +52,18 @@ class Running:
         self.server, self.pid, self.stem = server, pid, stem
 
     def err(self) -> str:
-        return self.stem.with_suffix(".err").read_text()
+        return self.printed(".err")
+
+    def printed(self, suffix: str) -> str:
+        path = self.stem.with_suffix(suffix)
+        return path.read_text() if path.exists() else ""  # killed before it had opened its outputs
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
     def wait(self) -> Ended:
         code = self.server.ask({"wait": self.pid})["code"]
-        return Ended(code, self.stem.with_suffix(".out").read_text(), self.err())
+        return Ended(code, self.printed(".out"), self.err())
 
     def wait_until(self, true: Callable[[], bool], seconds: float = 60.0) -> bool:
         """Whether `true()` came before the command ended by itself."""
@@ -92,6 +96,14 @@ class Server:
     def start(self, *arguments: object, **limits: Any) -> Running:
         """limits: file_bytes (RLIMIT_FSIZE); user (a uid); pause: "module:function" before which it waits once `after`
         calls went through, leaving `stem.paused`, for a signal or (with `release`) for `stem.go`."""
+        if arguments[:1] == ("quantize",):  # without calibration where a test does not ask for it, as made.quantize
+            given = {str(a).partition("=")[0] for a in arguments}
+            arguments += tuple(
+                x
+                for k, v in DATA_FREE.items()
+                if f"--{k}" not in given and "--help" not in given
+                for x in (f"--{k}", v)
+            )
         self.count += 1
         stem = room() / "commands" / str(self.count)
         stem.parent.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mopeq.checkpoint import read_header, read_json, shard_files
 from mopeq.errors import BadInput
-from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, OutputTensor, PrecisionMap, TensorInfo
+from mopeq.nouns import PADDING, Format, LinearId, MoELayer, MoESpec, OutputTensor, PrecisionMap, TensorInfo
 from mopeq.packed import (
     MANIFEST,
     MAP,
@@ -31,14 +31,24 @@ from mopeq.packed import (
 from mopeq.plan import is_packable, kept_dtype, output_tensors
 from mopeq.quant.rtn import quantize as round_to_nearest
 from mopeq.stream import TORCH_DTYPE, read_biases, read_tensor, refuse_sick
-from mopeq.tensors import QWeight
+from mopeq.tensors import QWeight, tensor_data
 
+AT_A_TIME = 1 << 24  # weights of a matrix in float32 at a time
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def tensor_data(tensor: Tensor) -> memoryview:
-    """A tensor's bytes as a file holds them."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+def kept_tensor(folder: Path, spec: MoESpec, name: str, other: Format | None) -> Tensor:
+    """A tensor that is no routed expert's, in the dtype it is written in, or packed from; BadInput if not finite."""
+    info, role = spec.tensors[name], spec.roles[name]
+    tensor = read_tensor(folder, info)
+    if other is None or not is_packable(info, role):
+        tensor = tensor.to(TORCH_DTYPE[kept_dtype(info, role)])  # first: float32's largest are infinite in bf16
+    return refuse_sick(name, tensor)
+
+
+def round_rows(w: Tensor, fmt: Format) -> QWeight:
+    """Round a matrix to nearest, a bounded number of its rows in float32 at a time."""
+    return QWeight.join([round_to_nearest(rows, fmt) for rows in w.split(max(1, AT_A_TIME // w.shape[1]))])
 
 
 class Supply:
@@ -58,15 +68,16 @@ class Supply:
                 file.seek(info.offset)
                 return file.read(info.nbytes)
         if out.name in self.spec.tensors:
-            tensor = read_tensor(self.folder, self.spec.tensors[out.name]).to(TORCH_DTYPE[out.dtype])
-            return tensor_data(refuse_sick(out.name, tensor))  # after the cast: float32's largest are infinite in bf16
+            return tensor_data(kept_tensor(self.folder, self.spec, out.name, self.other))
+        if out.name == PADDING:
+            return bytes(out.nbytes)
         if out.name not in self.packed:
             stem = out.name.rpartition(".")[0]
             source = f"{stem}.weight"
             assert self.other is not None and is_packable(self.spec.tensors[source], self.spec.roles[source])
-            w = refuse_sick(source, read_tensor(self.folder, self.spec.tensors[source]))
+            w = kept_tensor(self.folder, self.spec, source, self.other)
             try:
-                self.packed = {f"{stem}.{k}": v for k, v in round_to_nearest(w, self.other).pack().items()}
+                self.packed = {f"{stem}.{k}": v for k, v in round_rows(w, self.other).pack().items()}
             except BadInput as problem:
                 raise BadInput(f"{source}: {problem.line}", problem.hint) from None
         return tensor_data(self.packed[out.name])
@@ -155,37 +166,47 @@ def dense_tensors(out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | 
     """The source's tensors, by the source's names and layout, with the values that the packed folder holds (float32
     where they were packed)."""
     reader = PackedReader(out)
-    for name, info in spec.tensors.items():
-        if spec.roles[name] == "routed expert":
-            continue
-        if other is not None and is_packable(info, spec.roles[name]):
-            shape = (info.shape[0], info.shape[1])
-            yield name, reader.qweight(name.removesuffix(".weight"), other, shape).dequantize()
-        else:
-            assert reader.tensors[name].dtype == kept_dtype(info, spec.roles[name])
-            yield name, reader.read(name)
+    for name in spec.tensors:
+        if spec.roles[name] != "routed expert":
+            yield name, dense_tensor(reader, spec, other, name)
     for layer in spec.layers:
         yield from dense_layer(reader, spec, layer, map_)
 
 
+def dense_tensor(reader: PackedReader, spec: MoESpec, other: Format | None, name: str) -> Tensor:
+    """One of the source's tensors that are no routed experts."""
+    info = spec.tensors[name]
+    if other is not None and is_packable(info, spec.roles[name]):
+        q = reader.qweight(name.removesuffix(".weight"), other, (info.shape[0], info.shape[1]))
+        value, step = torch.empty(info.shape), max(1, AT_A_TIME // info.shape[1])
+        for at in range(0, info.shape[0], step):
+            value[at : at + step] = q[at : at + step].dequantize()
+        return value
+    assert reader.tensors[name].dtype == kept_dtype(info, spec.roles[name])
+    return reader.read(name)
+
+
 def dense_layer(
-    reader: PackedReader, spec: MoESpec, layer: MoELayer, map_: PrecisionMap
+    reader: PackedReader, spec: MoESpec, layer: MoELayer, map_: PrecisionMap, only: str | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """One layer's experts and biases, put back into the source's layout."""
+    """One layer's experts and biases (or but the tensor `only`), put back into the source's layout."""
     whole: dict[str, Tensor] = {}
     for is_bias, places in ((False, layer.places), (True, layer.bias_places)):
         for p, place in places.items():
             for e in range(layer.experts):
+                if only is not None and place.name(e) != only:
+                    continue
                 stem = f"{layer.prefix}.{e}.{p}_proj"
                 if is_bias:
                     value = reader.read(f"{stem}.bias")
                 else:
                     value = reader.qweight(stem, map_[LinearId(layer.layer, e, p)], layer.shapes[p]).dequantize()
                 if place.per_expert:
-                    yield place.tensor.format(e=e), value.T.contiguous() if place.transposed else value
+                    yield place.name(e), value.T.contiguous() if place.transposed else value
                     continue
                 info = spec.tensors[place.tensor]
-                target = whole.setdefault(place.tensor, torch.empty(info.shape, dtype=value.dtype))[e]
+                stored = whole.setdefault(place.tensor, torch.empty(info.shape, dtype=value.dtype))
+                target = (stored.unflatten(0, (layer.experts, -1)) if place.flat else stored)[e]
                 target = target.T if place.transposed else target
                 target[place.part(target.shape[0])] = value
     yield from whole.items()

@@ -21,7 +21,8 @@ def model_card(source: Path, spec: MoESpec, run: dict[str, Any]) -> str:
     card = source / "README.md"
     head = front_matter(card.read_text(encoding="utf-8", errors="replace")) if card.exists() else {}
     result, options = run["result"], run["options"]
-    lines = ["---", f"base_model: {head.get('base_model', source.name)}", "library_name: transformers", "tags: [mopeq]"]
+    name = run["source_name"]
+    lines = ["---", f"base_model: {head.get('base_model', name)}", "library_name: transformers", "tags: [mopeq]"]
     if "license" in head:
         lines.insert(2, f"license: {head['license']}")
     asked = f"--avg-bits {options['avg_bits']}" if options["avg_bits"] is not None else f"--fit {options['fit']}"
@@ -29,7 +30,7 @@ def model_card(source: Path, spec: MoESpec, run: dict[str, Any]) -> str:
     counts = ", ".join(f"{n} × {name}" for name, n in result["counts"].items())
     lines += [
         "---",
-        f"# {source.name}, packed by mopeq",
+        f"# {name}, packed by mopeq",
         "",
         "**`import mopeq` before loading.** Without it transformers warns of an unknown quantization type and fills",
         "the experts with random numbers.",
@@ -43,7 +44,7 @@ def model_card(source: Path, spec: MoESpec, run: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| source | {source.name} ({spec.model_type}), {size_text(result['bytes_source'])} |",
+        f"| source | {name} ({spec.model_type}), {size_text(result['bytes_source'])} |",
         f"| weights | {size_text(result['bytes_weights'])} ({result['bytes_weights']:,} bytes of tensors) |",
         f"| routed experts | {result['avg_expert_bits']:.3f} code bits,"
         f" {result['avg_expert_bits_effective']:.3f} with scales and zero points |",

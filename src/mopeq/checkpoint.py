@@ -18,6 +18,7 @@ from mopeq.nouns import DTYPE_BITS, TensorInfo, digest_of, tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # safetensors' own limit
+NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.py", "*.gguf", "*.onnx", "*.h5", "original/*", "metal/*"]  # copies, code
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def find_folder(model: str | os.PathLike[str]) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        got = snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py", "*.gguf", "*.onnx", "*.h5"])
+        got = snapshot_download(name, ignore_patterns=NOT_FETCHED)
     except Exception as problem:  # the hub's errors share no base class; every one of them means "not to be had"
         raise BadInput(
             f"{name} is no folder here and the hub did not give it: {first_line(problem)}", "check the path or the id"

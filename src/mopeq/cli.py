@@ -18,6 +18,7 @@ from mopeq.errors import MopeqError
 from mopeq.quant import QUANTIZERS
 from mopeq.sense import SENSORS
 from mopeq.tables import Row
+from mopeq.verbs.serve import ENGINES
 
 app = typer.Typer(
     add_completion=False,
@@ -71,8 +72,9 @@ def plan(
     bits: Bits = "2,3,4",
     avg_bits: AvgBits = None,
     fit: Fit = None,
+    scope: Scope = "model",
     allocate: Allocate = "knapsack",
-    per: Per = "expert",
+    per: Per = "projection",
     group_size: Groups = "64",
     other_bits: Other = 16,
     map_: MapFile = None,
@@ -87,6 +89,7 @@ def plan(
         bits=bits,
         avg_bits=avg_bits,
         fit=fit,
+        scope=scope,
         allocate=allocate,
         per=per,
         group_size=group_size,
@@ -99,7 +102,8 @@ def plan(
 @app.command(
     epilog=example(
         "mopeq quantize ./OLMoE-1B-7B -o ./packed --fit 3.2GiB",
-        "mopeq quantize ./OLMoE-1B-7B -o ./paper --sensitivity hessian --allocate kmeans --method signround",
+        "mopeq quantize ./OLMoE-1B-7B -o ./paper --sensitivity hessian --allocate kmeans --per expert"
+        " --method signround",
     )
 )
 def quantize(
@@ -108,11 +112,11 @@ def quantize(
     bits: Bits = "2,3,4",
     avg_bits: AvgBits = None,
     fit: Fit = None,
-    sensitivity: Sens = "hessian",
+    sensitivity: Sens = "fisher",
     scope: Scope = "model",
     allocate: Allocate = "knapsack",
-    per: Per = "expert",
-    method: Method = "rtn",
+    per: Per = "projection",
+    method: Method = "gptq",
     group_size: Groups = "64",
     other_bits: Other = 16,
     map_: MapFile = None,
@@ -185,6 +189,23 @@ def run(
     emit(running.answer(out, prompt, image or [], max_new_tokens, device), as_json, show_answer)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=example("mopeq serve ./packed", "mopeq serve ./packed --engine vllm --port 8001 --max-model-len 4096"),
+)
+def serve(
+    context: typer.Context,
+    out: Out,
+    engine: Annotated[str, typer.Option(help=choices(ENGINES))] = "auto",
+    host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
+) -> None:
+    """An OpenAI endpoint for the packed checkpoint. Other options are passed on to the engine's own server."""
+    from mopeq.verbs import serve as serving
+
+    serving.serve(out, engine, host, port, context.args)
+
+
 @app.command("eval", epilog=example("mopeq eval ./packed --against ./OLMoE-1B-7B --data text.jsonl"))
 def eval_command(
     out: Out,
@@ -197,6 +218,7 @@ def eval_command(
     limit: Annotated[int | None, typer.Option(help="at most this many items of each task, windows of text")] = None,
     device: Device = "auto",
     save: Annotated[Path | None, typer.Option(help="write per-item records here (.jsonl)")] = None,
+    max_memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """KL to the original, perplexity, top-1 agreement, and accuracy by task."""
@@ -212,8 +234,36 @@ def eval_command(
         limit=limit,
         device=device,
         save=save,
+        max_memory=max_memory,
     )
     emit(result, as_json, show_evaluation)
+
+
+@app.command(
+    epilog=example(
+        "mopeq bench ./packed",
+        "mopeq bench --shapes OLMoE-1B-7B,Qwen3-30B-A3B --tokens 1,16,64 --plot speed.svg",
+    )
+)
+def bench(
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="a packed checkpoint made by `mopeq quantize`")
+    ] = None,
+    shapes: Annotated[str, typer.Option(help="instead: random layers in these models' shapes, or 2048x768x128x8")] = "",
+    tokens: Annotated[str, typer.Option(help="tokens in a call, like 1,16,64,4096")] = "1,16,64",
+    bits: Annotated[str, typer.Option(help="widths of the random layers' experts, in equal shares")] = "2,3,4",
+    group_size: Annotated[int, typer.Option(help="group size of the random layers")] = 64,
+    against: Annotated[str | None, typer.Option(help="the original, to generate with it too")] = None,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate with a checkpoint")] = 64,
+    device: Device = "auto",
+    plot: Annotated[Path | None, typer.Option(help="write a picture here (.svg)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Speed and memory of packed experts against bf16 and the floor: what memory and arithmetic allow here."""
+    from mopeq.verbs import bench as benching
+
+    result = benching.bench(out, shapes, tokens, bits, group_size, against, new_tokens, device, plot)
+    emit(result, as_json, benching.show)
 
 
 @app.command(epilog=example("mopeq report ./packed -o report.html"))

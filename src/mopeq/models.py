@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mopeq.checkpoint import open_checkpoint, read_json
 from mopeq.errors import BadInput, MopeqError, first_line
+from mopeq.nouns import PackedTensor, TensorInfo
+from mopeq.sources import KINDS, quantization_of, unpacked
+from mopeq.stream import read_tensor
 
 
 def quiet_transformers() -> None:
     """mopeq speaks for itself; transformers' bars and advice stay out of the terminal."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -21,13 +24,22 @@ def quiet_transformers() -> None:
 
 
 def model_class(config: Any) -> Any:
-    """The class of a config's full model: image-text-to-text where there is one, else causal."""
+    """The class of a config's full model: image-text-to-text where there is one, else what it has, best first."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     )
 
-    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+    for mapping in (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    ):
         if type(config) in mapping:
             found = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
@@ -36,11 +48,39 @@ def model_class(config: Any) -> Any:
     )
 
 
+def logits_of(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    """A model's logits in one pass over token ids. Of several models in one the first that has logits speaks (the
+    thinker before its talker), and a decoder is given the encoder's ids too."""
+    speaks = model
+    if type(model).forward is torch.nn.Module.forward:
+        speaks = next(child for child in model.children() if type(child).forward is not torch.nn.Module.forward)
+    if "decoder_input_ids" in signature(speaks.forward).parameters:
+        more = {"decoder_input_ids": ids} | more
+    logits: torch.Tensor = speaks(input_ids=ids, use_cache=False, **more).logits
+    return logits
+
+
+def check_reads_text(config: Any) -> None:
+    """BadInput for a model that token ids alone do not run: a translator, or several models in one."""
+    forward = model_class(config).forward
+    if forward is torch.nn.Module.forward or "decoder_input_ids" in signature(forward).parameters:
+        raise BadInput(
+            f"{config.model_type} does not read text as a causal language model does, so it cannot be shown any",
+            "use what needs no data: --sensitivity hessian --method rtn",
+        )
+
+
 def load_config(folder: Path) -> Any:
+    """The model's config; of a source that mopeq unpacks itself (sources.py), as it was before it was packed."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if packed_tensors(folder):
+            for scope in (config, *vars(config).values()):
+                if hasattr(scope, "quantization_config"):
+                    del scope.quantization_config
+        return config
     except MopeqError:
         raise
     except Exception as problem:  # transformers raises whatever its config classes raise
@@ -50,6 +90,16 @@ def load_config(folder: Path) -> Any:
         ) from None
 
 
+def packed_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of a source stored packed in a way that mopeq unpacks itself; {} for every other checkpoint."""
+    config = read_json(folder / "config.json")
+    found = quantization_of(config) if isinstance(config, dict) else None
+    if not isinstance(found, dict) or found.get("quant_method") not in KINDS:
+        return {}
+    tensors = unpacked(config, open_checkpoint(folder).tensors)[1]
+    return tensors if any(isinstance(t, PackedTensor) for t in tensors.values()) else {}
+
+
 def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:
     """The checkpoint's model in eval mode. MopeqError if a tensor of it is missing or does not fit.
 
@@ -57,8 +107,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | N
     """
     quiet_transformers()
     config = load_config(folder)
-    options = {} if attention is None else {"attn_implementation": attention}
-    model, info = model_class(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    tensors = packed_tensors(folder)
+    if tensors:
+        options |= {"config": config, "state_dict": {name: widened(folder, t, dtype) for name, t in tensors.items()}}
+    place = None if tensors else folder
+    options |= {"local_files_only": True, "output_loading_info": True}
+    model, info = model_class(config).from_pretrained(place, dtype=dtype, **options)
     for kind in ("missing_keys", "mismatched_keys"):
         keys = info.get(kind)
         if keys:
@@ -66,7 +121,17 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | N
                 f"{folder}: {len(keys)} tensors are {kind.split('_')[0]}, {sorted(map(str, keys))[0]} the first",
                 "the checkpoint does not fit the model its config describes",
             )
+    if tensors and (folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval().to(device)
+
+
+def widened(folder: Path, tensor: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+    """A source's tensor, in float32 at once where the model will be, so that it is not held twice."""
+    value = read_tensor(folder, tensor)
+    return value.float() if dtype == torch.float32 and value.is_floating_point() else value
 
 
 def pick_device(wanted: str) -> str:

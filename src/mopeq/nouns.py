@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -149,20 +149,37 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class PackedTensor(TensorInfo):
+    """A tensor that the source stores as codes with scales (sources.py): `dtype` and `shape` are of the values they
+    stand for, `nbytes` is what both take on disk. `block`: the (rows, columns) that share a scale."""
+
+    codes: TensorInfo
+    scales: TensorInfo
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Place:
     """Where one projection of a layer's experts lies on disk.
 
     `tensor` names it, with `{e}` where each expert has a tensor of its own (else the experts are stacked first).
-    `transposed`: stored [in, out]. `rows`: which of a fused tensor's outputs are ours.
+    `transposed`: stored [in, out]. `rows`: which of a fused tensor's outputs are ours. `first`: the number that the
+    layer's expert 0 has on disk. `flat`: stacked experts follow one another along the first of two dimensions.
     """
 
     tensor: str
     transposed: bool = False
     rows: str = "all"  # all | first | second | even | odd
+    first: int = 0
+    flat: bool = False
 
     @property
     def per_expert(self) -> bool:
         return "{e}" in self.tensor
+
+    def name(self, e: int) -> str:
+        """The tensor that holds the layer's expert e."""
+        return self.tensor.format(e=self.first + e)
 
     def part(self, outputs: int) -> slice:
         """Which of the fused tensor's `outputs` are this projection's."""
@@ -313,12 +330,20 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
+PADDING = "mopeq.padding"  # the stored tensor of a map's unused bytes
+
+
 @dataclass(frozen=True)
 class PrecisionMap:
-    """LinearId -> Format for every routed matrix. `prefixes` gives each layer's on-disk name of its experts."""
+    """LinearId -> Format for every routed matrix. `prefixes` gives each layer's on-disk name of its experts.
+
+    `padding` bytes are stored unused: what the forecast, made from headers, promised beyond what this map takes
+    (`alloc/choose.py` says when that is).
+    """
 
     formats: Mapping[LinearId, Format]
     prefixes: Mapping[int, str]
+    padding: int = 0
 
     def __getitem__(self, linear: LinearId) -> Format:
         return self.formats[linear]
@@ -349,15 +374,18 @@ class PrecisionMap:
         return sum(self.formats[i].bits * out * n for i, (out, n) in spec.linears)
 
     def nbytes(self, spec: MoESpec) -> int:
-        return sum(self.formats[i].nbytes(out, n) for i, (out, n) in spec.linears)
+        """Stored bytes of the routed matrices, and of the padding."""
+        return self.padding + sum(self.formats[i].nbytes(out, n) for i, (out, n) in spec.linears)
 
     def to_json(self) -> dict[str, Any]:
-        body = {
+        body: dict[str, Any] = {
             "format_version": 1,
             "formats": [fmt.name for fmt in self.palette],
             "layers": {str(layer): prefix for layer, prefix in sorted(self.prefixes.items())},
             "experts": self.digits(),
         }
+        if self.padding:
+            body["padding"] = self.padding
         return body | {"counts": self.counts(), "digest": digest_of(body)}
 
     @property
@@ -380,7 +408,10 @@ class PrecisionMap:
                 for projection, row in rows.items()
                 for e, digit in enumerate(row)
             }
-            made = cls(formats, prefixes)
+            padding = body.get("padding", 0)
+            if type(padding) is not int or not 0 <= padding < 2**48:
+                raise BadInput(f"its padding is {padding!r}, no number of bytes", hint)
+            made = cls(formats, prefixes, padding)
         except BadInput as problem:
             raise BadInput(f"{source}: {problem.line}", problem.hint) from None
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
@@ -402,8 +433,9 @@ class PrecisionMap:
             )
 
 
-def make_map(spec: MoESpec, formats: list[Format]) -> PrecisionMap:
-    """The map that gives the spec's i-th linear the i-th format."""
+def make_map(spec: MoESpec, formats: list[Format], nbytes: int | None = None) -> PrecisionMap:
+    """The map that gives the spec's i-th linear the i-th format, padded to `nbytes` where these are given."""
     linears = [linear for linear, _ in spec.linears]
     assert len(linears) == len(formats)
-    return PrecisionMap(dict(zip(linears, formats, strict=True)), {x.layer: x.prefix for x in spec.layers})
+    made = PrecisionMap(dict(zip(linears, formats, strict=True)), {x.layer: x.prefix for x in spec.layers})
+    return made if nbytes is None else replace(made, padding=nbytes - made.nbytes(spec))

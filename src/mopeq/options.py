@@ -26,11 +26,11 @@ class Options:
     bits: str | tuple[int, ...] = (2, 3, 4)
     avg_bits: float | None = None
     fit: str | int | None = None
-    sensitivity: str = "hessian"
+    sensitivity: str = "fisher"
     scope: str = "model"
     allocate: str = "knapsack"
-    per: str = "expert"
-    method: str = "rtn"
+    per: str = "projection"
+    method: str = "gptq"
     group_size: str | int | tuple[int, ...] = 64
     other_bits: int = 16
     map: str | Path | None = None
@@ -114,13 +114,17 @@ class Options:
         return Budget(fit_bytes=parse_size(self.fit))
 
     @property
+    def senses(self) -> bool:
+        """Whether a sensitivity is asked for."""
+        return self.map is None and self.allocate not in ("uniform", "random")
+
+    @property
     def needs_data(self) -> list[str]:
         """The flags that show calibration data to the model."""
-        senses = self.map is None and self.allocate not in ("uniform", "random")
         return [
             flag
             for flag, needs in (
-                (f"--sensitivity {self.sensitivity}", senses and SENSORS[self.sensitivity].needs_data),
+                (f"--sensitivity {self.sensitivity}", self.senses and SENSORS[self.sensitivity].needs_data),
                 (f"--method {self.method}", QUANTIZERS[self.method].needs_data),
             )
             if needs

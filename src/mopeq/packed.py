@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mopeq.checkpoint import read_json
+from mopeq.checkpoint import INDEX, read_json
 from mopeq.errors import BadInput, MopeqError
-from mopeq.nouns import OutputTensor, PrecisionMap
+from mopeq.nouns import OutputTensor, PrecisionMap, digest_of
 
 FORMAT_VERSION = 1
 MANIFEST = "mopeq_manifest.json"
@@ -127,13 +127,23 @@ def sealed_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def write_manifest(folder: Path) -> None:
-    """Seal the folder: from now on it loads."""
+def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Seal the folder: from now on it loads. `names`: the files to list, all of them by default."""
+    paths = sealed_files(folder) if names is None else [folder / name for name in sorted(names)]
     files = [
         {"name": str(path.relative_to(folder)), "size": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sealed_files(folder)
+        for path in paths
     ]
     write_atomic(folder / MANIFEST, json_bytes({"format_version": FORMAT_VERSION, "files": files}))
+
+
+def content_digest(folder: Path) -> str:
+    """One digest of what a finished checkpoint computes with: config, widths and weights, by the manifest's sha256.
+
+    The same for the same inputs and seed: nothing that holds times, paths or hosts is in it. BadInput if unfinished.
+    """
+    rows = [[row["name"], row.get("sha256")] for row in read_manifest(folder)]
+    return digest_of(sorted(r for r in rows if r[0] in ("config.json", MAP, INDEX) or r[0].endswith(".safetensors")))
 
 
 # ----------------------------------------------------------------------------------------------- reading

@@ -14,6 +14,7 @@ import numpy as np
 
 from mopeq.errors import BadInput
 from mopeq.nouns import (
+    PADDING,
     Budget,
     Format,
     LinearId,
@@ -74,7 +75,7 @@ def expert_outputs(spec: MoESpec, layer: MoELayer, map_: PrecisionMap) -> Iterat
             for suffix, (dtype, shape) in map_[LinearId(layer.layer, e, p)].shapes(*layer.shapes[p]).items():
                 yield OutputTensor(f"{stem}.{suffix}", dtype, shape)
             if p in layer.bias_places:
-                name = layer.bias_places[p].tensor.format(e=e)
+                name = layer.bias_places[p].name(e)
                 yield OutputTensor(f"{stem}.bias", spec.tensors[name].dtype, (layer.shapes[p][0],))
 
 
@@ -83,6 +84,8 @@ def output_tensors(spec: MoESpec, map_: PrecisionMap, other: Format | None) -> I
     yield from other_outputs(spec, other)
     for layer in spec.layers:
         yield from expert_outputs(spec, layer, map_)
+    if map_.padding:
+        yield OutputTensor(PADDING, "U8", (map_.padding,))
 
 
 def fixed_bytes(spec: MoESpec, other: Format | None) -> int:
@@ -90,7 +93,7 @@ def fixed_bytes(spec: MoESpec, other: Format | None) -> int:
     biases = 0
     for layer in spec.layers:
         for p, place in layer.bias_places.items():
-            dtype = spec.tensors[place.tensor.format(e=0)].dtype
+            dtype = spec.tensors[place.name(0)].dtype
             biases += layer.experts * tensor_bytes(dtype, (layer.shapes[p][0],))
     return biases + sum(t.nbytes for t in other_outputs(spec, other))
 
@@ -142,7 +145,10 @@ def make_problem(spec: MoESpec, formats: tuple[Format, ...], per: str) -> Proble
 
 @dataclass(frozen=True)
 class Target:
-    """The exact totals an allocation must meet: bytes of routed experts, and code bits where `--avg-bits` counts."""
+    """The exact totals an allocation must meet: bytes of routed experts, and code bits where `--avg-bits` counts.
+
+    Under `--avg-bits` the bytes are the most that choices of so many code bits take; what a choice leaves is padding.
+    """
 
     expert_bytes: int
     code_bits: int | None
@@ -204,6 +210,23 @@ def uniform_bytes(spec: MoESpec, fmt: Format, fixed: int) -> int:
     return fixed + sum(fmt.nbytes(*shape) * layer.experts for layer in spec.layers for shape in layer.shapes.values())
 
 
+def cluster_bounds(problem: Problem, scope: str) -> tuple[int, int]:
+    """The least and most bytes of routed experts where only clusters of scores decide (kmeans).
+
+    Equal scores all take the narrowest width. At most, each cluster but the widest holds one item, the one that loses
+    least by it; `scope` "layer" has such clusters in every layer, "model" but once.
+    """
+    least = most = 0
+    layers = problem.layer_of_J if scope == "layer" else np.zeros_like(problem.layer_of_J)
+    for layer in np.unique(layers):
+        bytes_JF = problem.bytes_JF[layers == layer]
+        widest = min(bytes_JF.shape) - 1  # fewer items than widths: a cluster for each, and the narrow ones are used
+        saved_JF = bytes_JF[:, [widest]] - bytes_JF[:, :widest]
+        least += int(bytes_JF[:, 0].sum())
+        most += int(bytes_JF[:, widest].sum() - saved_JF.min(axis=0).sum())
+    return least, most
+
+
 # ------------------------------------------------------------------------------------------ what it takes
 
 
@@ -229,9 +252,9 @@ def kv_bytes_per_token(config: Mapping[str, Any]) -> int | None:
 
 
 def largest_layer_bytes(spec: MoESpec) -> int:
-    """Source bytes of the largest MoE layer's experts: what one step of the line holds in memory."""
+    """Bytes, once read, of the largest MoE layer's experts: what one step of the line holds in memory."""
     sizes = []
     for layer in spec.layers:
-        places = {p.tensor.format(e=e) for p in layer.places.values() for e in range(layer.experts)}
-        sizes.append(sum(spec.tensors[name].nbytes for name in places))
+        places = {p.name(e) for p in layer.places.values() for e in range(layer.experts)}
+        sizes.append(sum(tensor_bytes(spec.tensors[name].dtype, spec.tensors[name].shape) for name in places))
     return max(sizes)

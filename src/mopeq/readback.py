@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.assemble import dense_tensors
+from mopeq.assemble import PackedReader, dense_layer, dense_tensor, dense_tensors
+from mopeq.checkpoint import shard_files
 from mopeq.errors import MopeqError
-from mopeq.models import load_config, load_model, model_class, quiet_transformers
+from mopeq.models import load_config, load_model, logits_of, model_class, quiet_transformers
 from mopeq.nouns import Format, MoESpec, PrecisionMap
 from mopeq.packed import unsealed_allowed
+from mopeq.progress import say
+from mopeq.seam import model_layers
+from mopeq.stream import read_tensor
+from mopeq.walk.parts import CannotWalk, Parts, empty_model
+from mopeq.walk.walking import Walk
 
 TOKENS = 16
 TOLERANCE = 1e-3  # of the logits' spread, float32: widths, names or layouts gone wrong miss it by far
@@ -42,16 +48,60 @@ def load_dense(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other
     return model.eval()
 
 
+def dense_parts(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None) -> Parts:
+    """As `load_dense`, one layer at a time."""
+    reader = PackedReader(out)
+    layer_of = {
+        place.name(e): layer
+        for layer in spec.layers
+        for place in (*layer.places.values(), *layer.bias_places.values())
+        for e in range(layer.experts)
+    }
+
+    def read(name: str) -> Tensor:
+        if name in layer_of:
+            return next(value for _, value in dense_layer(reader, spec, layer_of[name], map_, name))
+        return dense_tensor(reader, spec, other, name)
+
+    model = empty_model(load_config(source), torch.float32)
+    return Parts(model, model_layers(spec, model), spec.tensors, read)
+
+
+def packed_parts(out: Path) -> Parts:
+    """The packed folder's model, one layer at a time, by the modules and the code that serve it."""
+    from mopeq.plugins.hf import MopeqConfig, MopeqQuantizer
+
+    config = load_config(out)
+    fields = config.quantization_config
+    quantizer = MopeqQuantizer(fields if isinstance(fields, MopeqConfig) else MopeqConfig.from_dict(fields))
+    model = empty_model(config, torch.float32)
+    quantizer.preprocess_model(model=model, dtype=torch.float32, checkpoint_files=[str(f) for f in shard_files(out)])
+    experts = tuple(f"{prefix}." for prefix in quantizer.prefixes.values())
+    names = [name for name in quantizer.tensors if not name.startswith(experts)]
+    return Parts(model, (), names, lambda name: read_tensor(out, quantizer.tensors[name]), quantizer=quantizer)
+
+
+def walked_logits(parts: Parts, ids: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    for visit in Walk(parts).forward([lambda: found.append(logits_of(parts.model, ids).double())]):
+        visit.run()
+    return found[0]
+
+
 def read_back(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, seed: int) -> float:
     """Largest logit difference between the packed model and the dequantized reference, relative to the logits'
-    spread. MopeqError if it exceeds TOLERANCE or is not finite."""
-    with unsealed_allowed(), torch.no_grad():
-        packed = load_model(out, torch.float32, "cpu")
-        ids = some_tokens(packed.config, seed)
-        found = packed(input_ids=ids, use_cache=False).logits.double()
-        del packed
-    with torch.no_grad():
-        wanted = load_dense(source, out, spec, map_, other)(input_ids=ids, use_cache=False).logits.double()
+    spread. MopeqError if it exceeds TOLERANCE or is not finite. One layer's weights are in memory at a time, where the
+    model can be walked."""
+    ids = some_tokens(load_config(source), seed)
+    try:
+        with unsealed_allowed():
+            found = walked_logits(packed_parts(out), ids)
+        wanted = walked_logits(dense_parts(source, out, spec, map_, other), ids)
+    except CannotWalk as problem:
+        say(f"read back: with the whole model in memory, since {problem.why}")
+        with unsealed_allowed(), torch.no_grad():
+            found = logits_of(load_model(out, torch.float32, "cpu"), ids).double()
+            wanted = logits_of(load_dense(source, out, spec, map_, other), ids).double()
     return compare_logits(found, wanted)
 
 

@@ -2,7 +2,8 @@
 
 Experts modules share one interface (`use_experts_implementation`): forward(hidden_states [T, H], top_k_index [T, K],
 top_k_weights [T, K]), stacked weights, and flags on each instance that say their layout. Watching goes through the
-public door `ALL_EXPERTS_FUNCTIONS`; nothing here asks for a model's name.
+public door `ALL_EXPERTS_FUNCTIONS`; nothing here asks for a model's name. The few modules without that interface are
+given it by the classes that a table in `families/` names.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,57 +21,165 @@ from torch.nn.functional import linear
 
 from mopeq.errors import MopeqError
 from mopeq.nouns import MoELayer, MoESpec
+from mopeq.tables import pick
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Adapted(nn.Module):
+    """Base of the adapters: an experts module without transformers' shared interface, given its flags and its call.
+
+    Mixed into the module's own class (`adopt`), so that its weights, names and, unless it is watched, its own forward
+    stay as they are. `parts` names its parameters and submodules that hold the experts' weights; `keeps` the attributes
+    that `share` needs, which runs on the packed module too.
+    """
+
+    has_gate = True
+    has_bias = False
+    is_transposed = False
+    is_concatenated = True
+    has_post_expert_norm = False
+    parts: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+    watched = False
+    config: Any
+    num_experts: int
+    act_fn: Any
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+    def adopted(self) -> None:
+        """Called once, on taking the module over."""
+
+    def stored(self) -> list[Tensor]:
+        """The parameters that hold the experts' matrices."""
+        return [self.gate_up_proj, self.down_proj]
+
+    def arranged(self, stored: list[Tensor]) -> dict[str, Tensor]:
+        """{projection: [E, out, in]} of them, or of tensors like them; differentiable."""
+        top, down = (w.transpose(1, 2) for w in stored) if self.is_transposed else stored
+        return {p: rows_of(top, p, self.is_concatenated) for p in ("gate", "up")} | {"down": down}
+
+    def stacked_biases(self) -> dict[str, Tensor]:
+        """{projection: [E, out]}."""
+        return {}
+
+    def share(self, run: Run, *args: Any) -> Tensor:
+        """The module's call, by way of `run(x_TH, index_TK, weight_TK) -> [T, H]`, which sums over choices."""
+        raise NotImplementedError
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gated: Tensor = self.act_fn(gate) * up
+        return gated
+
+    def forward(self, *args: Any) -> Any:
+        if self.watched:
+            return self.share(lambda x, index, weight: _watcher[-1](self, x, index, weight), *args)
+        return super().forward(*args)
+
+
+@cache
+def mixed(adapter: type, own: type) -> type:
+    """The class of an adopted module: the adapter's, before its own; what it says of its gate goes first."""
+    own_gate = {"_apply_gate": own._apply_gate} if hasattr(own, "_apply_gate") else {}
+    return type(own.__name__, (adapter, own), own_gate)
+
+
+def adopt(model: nn.Module) -> None:
+    """Give every experts module of a model that has a row in ADAPTERS the shared interface, in place and once."""
+    from mopeq.families import ADAPTERS
+
+    config: Any = getattr(model, "config", None)
+    for module in model.modules():
+        name = type(module).__name__
+        if name in ADAPTERS and not isinstance(module, Adapted):
+            adopted: Any = module
+            adopted.__class__ = mixed(pick(ADAPTERS, name, "adapter"), type(adopted))  # type: ignore[arg-type]
+            adopted.config = config.get_text_config()
+            adopted.adopted()
+
+
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is a layer's routed experts, by the flags transformers' decorator leaves on it."""
-    return all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "down_proj")
+    """Whether a module is a layer's routed experts: an adopted one, or by the flags transformers' decorator leaves."""
+    return isinstance(module, Adapted) or (
+        all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "down_proj")
+    )
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """(name, module) of every experts module, in the model's order."""
+    """(name, module) of every experts module, in the model's order; one without the shared interface is given it."""
+    adopt(model)
     return [(name, module) for name, module in model.named_modules() if is_experts(module)]
 
 
 def match_names(prefixes: list[str], names: list[str]) -> dict[str, str]:
-    """{module name: on-disk prefix} of the experts: by layer number, and by order where a number occurs twice.
+    """{module name: on-disk prefix} of the experts: the same numbers in both (else the same last number), and of those
+    the pair with most words in common, so that two towers are not mixed up.
 
     Prefixes that the model does not build (multi-token prediction heads) stay unmatched; a module without a prefix
     is an error.
     """
 
-    def by_number(keys: list[str]) -> dict[tuple[int, int], str]:
-        seen: dict[int, int] = {}
-        found = {}
-        for key in keys:
-            n = int((re.findall(r"\d+", key) or ["0"])[-1])
-            found[n, seen.get(n, 0)] = key
-            seen[n] = seen.get(n, 0) + 1
-        return found
+    def numbers(name: str) -> list[str]:
+        return re.findall(r"\d+", name) or ["0"]
 
-    on_disk = by_number(prefixes)
-    matched = {name: on_disk[key] for key, name in by_number(names).items() if key in on_disk}
+    pairs = []
+    for name in names:
+        for prefix in prefixes:
+            if numbers(name)[-1] == numbers(prefix)[-1]:
+                alike = len(set(name.split(".")) & set(prefix.split(".")))
+                pairs.append((numbers(name) == numbers(prefix), name == prefix, alike, name, prefix))
+    if not names:
+        raise MopeqError(
+            "the model has experts on disk, and no module with the shared experts interface",
+            "give its experts module that by a row in src/mopeq/families/__init__.py, table ADAPTERS",
+        )
+    matched: dict[str, str] = {}
+    for *_, name, prefix in sorted(pairs, key=lambda pair: pair[:3], reverse=True):
+        if name not in matched and prefix not in matched.values():
+            matched[name] = prefix
     if len(matched) < len(names):
         odd = next(name for name in names if name not in matched)
         raise MopeqError(f"{odd} has no counterpart among the checkpoint's experts", "please report this model")
     return matched
 
 
+def twins(model: Any) -> dict[str, str]:
+    """{experts module: the one whose weights it shares}, by the model's list of ties (before loading none is tied)."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    owners = {name: ties.get(f"{name}.down_proj", "").rpartition(".")[0] for name, _ in experts_modules(model)}
+    return {name: owner for name, owner in owners.items() if owner}
+
+
 def model_layers(spec: MoESpec, model: nn.Module) -> list[tuple[MoELayer, Any]]:
     """(layer, experts module) for every MoE layer the model has, in layer order."""
     found = experts_modules(model)
     layers = {layer.prefix: layer for layer in spec.layers}
-    matched = match_names(list(layers), [name for name, _ in found])
+    shared = twins(model)
+    matched = match_names(list(layers), [name for name, _ in found if name not in shared])
+    matched |= {name: matched[owner] for name, owner in shared.items()}
     return sorted(((layers[matched[name]], module) for name, module in found), key=lambda pair: pair[0].layer)
 
 
 # ------------------------------------------------------------------------------------- weights of a module
 
 
-def views(module: Any, top: Tensor, down: Tensor) -> dict[str, Tensor]:
-    """{projection: [E, out, in]} as views of an experts module's two stacked tensors (its weights, or their like)."""
+def stored(module: Any) -> list[Tensor]:
+    """The parameters that hold an experts module's matrices."""
+    if isinstance(module, Adapted):
+        return module.stored()
+    return [module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj]
+
+
+def views(module: Any, like_stored: list[Tensor]) -> dict[str, Tensor]:
+    """{projection: [E, out, in]} of an experts module's `stored` tensors, or of others like them."""
+    if isinstance(module, Adapted):
+        return module.arranged(like_stored)
+    top, down = like_stored
     if module.is_transposed:
         top, down = top.transpose(1, 2), down.transpose(1, 2)
     if not module.has_gate:
@@ -79,16 +189,23 @@ def views(module: Any, top: Tensor, down: Tensor) -> dict[str, Tensor]:
 
 def weights(module: Any) -> dict[str, Tensor]:
     """{projection: [E, out, in]}: views of a module's weights, whatever its layout."""
-    return views(module, module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj)
+    return views(module, stored(module))
 
 
 def bias(module: Any, p: str) -> Tensor | None:
     """A view of one projection's biases [E, out], or None."""
+    if isinstance(module, Adapted):
+        return module.stacked_biases().get(p)
     if not module.has_bias:
         return None
     if p == "down":
         return module.down_proj_bias
     return rows_of(module.gate_up_proj_bias, p, module.is_concatenated) if module.has_gate else module.up_proj_bias
+
+
+def own_weights(module: Any) -> list[str]:
+    """Names of a module's parameters and submodules that hold the experts' weights and biases."""
+    return list(module.parts) if isinstance(module, Adapted) else list(module._parameters)
 
 
 def rows_of(both: Tensor, p: str, concatenated: bool) -> Tensor:
@@ -127,15 +244,16 @@ def watch(model: Any, watcher: Watcher) -> Iterator[None]:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("mopeq_watch", _dispatch)
-    before = {id(m): m.config._experts_implementation for _, m in experts_modules(model)}
+    found = [module for _, module in experts_modules(model)]
+    before = {id(m): m.config._experts_implementation for m in found}
     _watcher.append(watcher)
-    for _, module in experts_modules(model):
-        module.config._experts_implementation = "mopeq_watch"
+    for module in found:
+        module.config._experts_implementation, module.watched = "mopeq_watch", True
     try:
         yield
     finally:
-        for _, module in experts_modules(model):
-            module.config._experts_implementation = before[id(module)]
+        for module in found:
+            module.config._experts_implementation, module.watched = before[id(module)], False
         _watcher.pop()
 
 
@@ -183,9 +301,9 @@ def plain_forward(
 
     def project(p: str, e: int, x: Tensor) -> Tensor:
         b = biases[p]
-        return linear(x, w[p][e], None if b is None else b[e])
+        return linear(x, w[p][e].to(x.dtype), None if b is None else b[e])
 
-    for e, tokens, choice in routed(index_TK, module.down_proj.shape[0]):
+    for e, tokens, choice in routed(index_TK, w["down"].shape[0]):
         x = x_TH[tokens]
         top = {p: project(p, e, x) for p in names}
         h = activate(module, top)

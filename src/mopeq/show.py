@@ -45,7 +45,10 @@ def show_plan(r: dict[str, Any]) -> None:
         kv = run["kv_cache_bytes_per_1000_tokens"]
         cache = f" + {size_text(kv)} of KV cache per 1,000 tokens" if kv else ""
         out(f"to run: {size_text(run['weights_bytes'])} of weights{cache}")
-    out(f"to make: one layer at a time, the largest {size_text(run['largest_layer_bytes'])}")
+    out(
+        f"to make: {size_text(run['make_bytes'])} of memory, one layer at a time (the largest has"
+        f" {size_text(run['largest_layer_bytes'])} of experts)"
+    )
     out(*(f"note: {note}" for note in r["notes"]))
 
 

@@ -9,23 +9,26 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mopeq.alloc import ALLOCATORS
+from mopeq.alloc.reach import largest_code_total
 from mopeq.checkpoint import Checkpoint, find_folder, open_checkpoint, read_json, same_bytes
 from mopeq.errors import BadInput
 from mopeq.families.standard import read_spec
+from mopeq.memory import allowed_bytes, available_memory, layer_bytes, whole_bytes
 from mopeq.nouns import (
     Budget,
     Format,
     LinearId,
+    MoELayer,
     MoESpec,
     PrecisionMap,
     Sensitivity,
@@ -38,6 +41,7 @@ from mopeq.packed import MANIFEST, RUN, check_sizes, json_bytes, read_manifest, 
 from mopeq.plan import (
     Problem,
     Target,
+    cluster_bounds,
     fixed_bytes,
     kv_bytes_per_token,
     largest_layer_bytes,
@@ -55,6 +59,7 @@ from mopeq.tables import pick
 if TYPE_CHECKING:
     from mopeq.data.calibration import Calibration
 
+AT_A_TIME = 1 << 24  # weights that are quantized together, in float32
 NO_SENSE = ("uniform", "random")  # allocators that ask for no sensitivity
 
 
@@ -66,6 +71,12 @@ class Job:
     revision: str
     spec: MoESpec
     options: Options
+    hub_id: str = ""
+
+    @property
+    def name(self) -> str:
+        """What people know the source by: its id on the hub, or its folder's own name."""
+        return self.hub_id or self.folder.resolve().name
 
     @property
     def folder(self) -> Path:
@@ -111,7 +122,7 @@ class Job:
 def open_job(model: str | Path, options: Options) -> Job:
     folder, revision = find_folder(model)
     checkpoint = open_checkpoint(folder)
-    return Job(checkpoint, revision, read_spec(checkpoint), options)
+    return Job(checkpoint, revision, read_spec(checkpoint), options, hub_id=str(model) if revision else "")
 
 
 # -------------------------------------------------------------------------------------------------- plan
@@ -143,14 +154,15 @@ def forecast(job: Job) -> dict[str, Any]:
         "predicted_bytes": predicted,
     }
     if predicted is None:
-        widths = sorted(by_bits.values())
-        shown |= {"minimum_bytes": widths[0], "maximum_bytes": widths[-1]}
+        least, most = cluster_bounds(job.problem, options.scope)
+        shown |= {"minimum_bytes": job.fixed + least, "maximum_bytes": job.fixed + most}
     kv = kv_bytes_per_token(spec.config)
     return shown | {
         "run": {
             "weights_bytes": predicted,
             "kv_cache_bytes_per_1000_tokens": None if kv is None else 1000 * kv,
             "largest_layer_bytes": largest_layer_bytes(spec),
+            "make_bytes": layer_bytes(spec, options),
         },
         "notes": plan_notes(job),
     }
@@ -166,13 +178,13 @@ def bytes_by_role(spec: MoESpec) -> dict[str, int]:
 def plan_notes(job: Job) -> list[str]:
     """What a user should know before starting."""
     notes = []
-    code, size = job.problem.code_JF, job.problem.bytes_JF
-    if job.budget is not None and job.budget.avg_bits is not None and job.options.allocate != "uniform":
-        per_bit = {tuple(np.diff(s) / np.maximum(np.diff(c), 1)) for c, s in zip(code, size, strict=True)}
-        if len(per_bit) > 1:
+    target = job.target
+    if target is not None and target.code_bits is not None and job.options.allocate != "uniform":
+        least = -largest_code_total(job.problem.code_JF, -job.problem.bytes_JF, target.code_bits)[1]
+        if least < target.expert_bytes:
             notes.append(
-                "a code bit costs more bytes in some matrices than in others here (short last groups); under --avg-bits"
-                " the cheaper ones are widened first, before sensitivity decides; --fit lets it decide alone"
+                "a code bit costs more bytes in some matrices than in others here: maps of this average differ by up"
+                f" to {target.expert_bytes - least:,} bytes; the plan counts the most, and what a map leaves is padding"
             )
     return notes
 
@@ -195,7 +207,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
     run = RunDir(Path(job.options.run) if job.options.run else out / ".mopeq")
     source = job.spec.nbytes
     ahead = "its size is decided by the clusters" if predicted is None else size_text(predicted)
-    say(f"{job.folder.name or job.folder}: {size_text(source)} -> {ahead}")
+    say(f"{job.name}: {size_text(source)} -> {ahead}")
     with ExitStack() as held:
         for place in sorted({run.path.resolve(), (out / ".mopeq").resolve()}):  # --run may be shared, and OUT too
             held.enter_context(RunDir(place).locked())
@@ -204,6 +216,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
         claim(job, out)
         run.event("start", job=digest)
         write_atomic(run.path / "spec.json", json_bytes(forecast(job)))
+        check_weights(job)
         sensitivity = None if skips_sense(job) else sense(job, run, calibration)
         map_ = allocate(job, run, sensitivity)
         files, notes = quantize_layers(job, run, map_, calibration)
@@ -228,7 +241,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
         run.event("done", job=digest)
     if not job.options.run:
         shutil.rmtree(out / ".mopeq" / "quantized", ignore_errors=True)
-    for note in facts["notes"]:
+    for note in (*plan_notes(job), *notes):  # the calibration's were said when it was read
         say(f"note: {note}")
     say(f"{size_text(source)} -> {size_text(payload)} in {out}")
     return facts
@@ -325,43 +338,51 @@ def skips_sense(job: Job) -> bool:
 
 def load_calibration(job: Job) -> Calibration | None:
     """Calibration data, if some method of the job shows any to the model. Refusals come before any work."""
-    needs = job.options.needs_data
-    if not needs:
-        check_layer_fits(job)
+    check_memory(job)
+    if not job.options.needs_data:
         return None
     from mopeq.data.calibration import calibrate_with
-    from mopeq.models import load_config
+    from mopeq.models import check_reads_text, load_config
 
-    whole = 4 * job.spec.params
-    limit = job.options.memory_bytes or available_memory()
-    if whole > limit:
-        raise BadInput(
-            f"{' and '.join(needs)} runs the model in float32, {size_text(whole)}, and {size_text(limit)} is at hand",
-            "use --sensitivity hessian --method rtn, which need one layer at a time",
-        )
-    o = job.options
-    calibration = calibrate_with(job.folder, load_config(job.folder), o.calib, o.calib_tokens, o.seed)
+    o, config = job.options, load_config(job.folder)
+    check_reads_text(config)
+    calibration = calibrate_with(job.folder, config, o.calib, o.calib_tokens, o.seed)
     for note in calibration.notes:
-        say(note)
+        say(f"note: {note}")
     return calibration
 
 
-def check_layer_fits(job: Job) -> None:
-    """BadInput where --max-memory cannot hold one layer: as stored, in float32, and one more copy while rounding."""
-    need = largest_layer_bytes(job.spec) + 8 * max(layer.params for layer in job.spec.layers)
-    if job.options.memory_bytes is not None and need > job.options.memory_bytes:
-        raise BadInput(
-            f"one layer's experts take {size_text(need)}, --max-memory allows {size_text(job.options.memory_bytes)}",
-            f"try --max-memory {need}, or a machine with more",
-        )
+def check_memory(job: Job) -> None:
+    """BadInput where the memory allowed (or free) cannot hold one layer and what is done with it."""
+    o, need = job.options, layer_bytes(job.spec, job.options)
+    limit = available_memory() if o.memory_bytes is None else o.memory_bytes
+    if o.senses and o.sensitivity == "hutchinson":  # differentiates twice: not layer by layer
+        need = whole_bytes(job.spec, o)
+    if need > limit:
+        allows = "the machine has free" if o.memory_bytes is None else "--max-memory allows"
+        what = f"{' and '.join(o.needs_data)} take" if o.needs_data else "one layer at a time, making it takes"
+        other = ", or --sensitivity hessian --method rtn, which take least" if o.needs_data else ""
+        raise BadInput(f"{what} {size_text(need)}, {allows} {size_text(limit)}", f"try --max-memory {need}{other}")
 
 
-def available_memory() -> int:
-    """Bytes of memory the system says are available now."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62  # elsewhere the system itself must say no
+def check_weights(job: Job) -> None:
+    """BadInput naming a tensor that holds NaN or infinity, before any work goes into the others.
+
+    The routed experts are read again layer by layer, and are looked at then, unless a model of all of it runs first.
+    """
+    from mopeq.assemble import kept_tensor
+    from mopeq.stream import read_tensor, refuse_sick
+
+    spec = job.spec
+    routed = {n for n in spec.tensors if spec.roles[n] == "routed expert"}
+    names = [n for n in spec.tensors if n not in routed or (job.options.needs_data and runs_whole(job))]
+    with progress("check", sum(spec.tensors[n].nbytes for n in names), "bytes") as p:
+        for name in names:
+            if name in routed:
+                refuse_sick(name, read_tensor(job.folder, spec.tensors[name]))
+            else:
+                kept_tensor(job.folder, spec, name, job.options.other)
+            p.step(spec.tensors[name].nbytes)
 
 
 # ------------------------------------------------------------------------------------------------ stages
@@ -398,8 +419,10 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
         data_digest=shown.digest if shown else "",
         quantizer=o.method,
         memory_bytes=work_memory(job),
+        scratch=run.path,
     )
-    sensitivity: Sensitivity = pick(SENSORS, o.sensitivity, "sensitivity")(scene)
+    sensor = pick(SENSORS, o.sensitivity, "sensitivity")
+    sensitivity: Sensitivity = by_layers_or_whole(job, lambda parts: sensor(replace(scene, parts=parts)))
     run.save_sensitivity(digest, sensitivity)
     run.event("sense", digest=digest)
     return sensitivity
@@ -411,6 +434,41 @@ def source_model(job: Job, attention: str | None) -> Any:
     from mopeq.models import load_model, pick_device
 
     return load_model(job.folder, torch.float32, pick_device(job.options.device), attention)
+
+
+def source_parts(job: Job, exact: bool) -> Any:
+    """The source's model for a walk layer by layer (walk/parts.py)."""
+    from mopeq.models import pick_device
+    from mopeq.walk import parts
+
+    return parts.source_parts(job.folder, job.spec, pick_device(job.options.device), exact=exact)
+
+
+def runs_whole(job: Job) -> bool:
+    """Whether methods that show data to the model have all of it in memory, which is faster and gives the same."""
+    return whole_bytes(job.spec, job.options) <= allowed_bytes(job.options)
+
+
+def by_layers_or_whole(job: Job, work: Callable[[Any], Any]) -> Any:
+    """`work(parts)` where the model is to be walked, `work(None)` where it is to be in memory.
+
+    A model that cannot be walked is loaded whole if the memory allows as much, else refused.
+    """
+    if not job.options.needs_data or runs_whole(job):
+        return work(None)
+    from mopeq.walk.parts import CannotWalk
+
+    try:
+        return work(partial(source_parts, job))
+    except CannotWalk as problem:
+        need, limit = whole_bytes(job.spec, job.options), job.options.memory_bytes or available_memory()
+        if need > limit:
+            raise BadInput(
+                f"this model cannot run layer by layer ({problem.why}), and whole it takes {size_text(need)}",
+                f"try --max-memory {need}, or --sensitivity hessian --method rtn",
+            ) from None
+        say(f"with the whole model in memory, since {problem.why}")
+        return work(None)
 
 
 def allocate(job: Job, run: RunDir, sensitivity: Sensitivity | None) -> PrecisionMap:
@@ -427,59 +485,101 @@ def allocate(job: Job, run: RunDir, sensitivity: Sensitivity | None) -> Precisio
 
 def solve(job: Job, sensitivity: Sensitivity | None) -> PrecisionMap:
     """Items' costs and scores from the sensitivity's, then the allocator."""
-    from mopeq.alloc.baselines import running_min
     from mopeq.alloc.choose import Question
 
     problem = job.problem
     cost_JF = score_J = None
     if sensitivity is not None:
-        assert sensitivity.formats == problem.formats
-        cost_JF = np.zeros(problem.bytes_JF.shape)
-        np.add.at(cost_JF, problem.item_of_I, sensitivity.cost_IF)
-        groups = np.array([f.group_size for f in problem.formats])
-        for group in np.unique(groups):  # wider is never worse, at one group size
-            cost_JF[:, groups == group] = running_min(cost_JF[:, groups == group])
+        cost_JF = item_costs(problem, sensitivity)
         if sensitivity.score_I is not None:
             score_J = np.zeros(len(cost_JF))
             np.add.at(score_J, problem.item_of_I, sensitivity.score_I)
     question = Question(problem, cost_JF, score_J, job.target, job.options.scope, job.options.seed)
     choice_J = pick(ALLOCATORS, job.options.allocate, "allocator")(question)
-    return make_map(job.spec, [problem.formats[f] for f in choice_J[problem.item_of_I]])
+    nbytes = None if job.target is None else job.target.expert_bytes
+    return make_map(job.spec, [problem.formats[f] for f in choice_J[problem.item_of_I]], nbytes)
+
+
+def item_costs(problem: Problem, sensitivity: Sensitivity) -> np.ndarray:
+    """Items' costs by format, as the allocators take them: sums over an item's linears, and wider is never worse at one
+    group size."""
+    from mopeq.alloc.baselines import running_min
+
+    assert sensitivity.formats == problem.formats
+    cost_JF = np.zeros(problem.bytes_JF.shape)
+    np.add.at(cost_JF, problem.item_of_I, sensitivity.cost_IF)
+    groups = np.array([f.group_size for f in problem.formats])
+    for group in np.unique(groups):
+        cost_JF[:, groups == group] = running_min(cost_JF[:, groups == group])
+    return cost_JF
 
 
 def quantize_layers(
     job: Job, run: RunDir, map_: PrecisionMap, calibration: Calibration | None
 ) -> tuple[dict[int, Path], list[str]]:
     """Every layer's experts in the map's formats, each layer a file of the run directory; notes name fallbacks."""
-    from mopeq.assemble import write_layer
-    from mopeq.stream import read_layer
-
     o = job.options
-    shown = calibration.digest if calibration and QUANTIZERS[o.method].needs_data else None
-    digest = stage_digest("quantize", source=job.spec.digest, method=o.method, map=map_.digest, seed=o.seed, data=shown)
+    shown = calibration if calibration and QUANTIZERS[o.method].needs_data else None
+    data = shown.digest if shown else None
+    digest = stage_digest("quantize", source=job.spec.digest, method=o.method, map=map_.digest, seed=o.seed, data=data)
     files = {layer.layer: run.layer_path(digest, layer.layer) for layer in job.spec.layers}
+    if done := [file for file in files.values() if file.exists()]:
+        say(f"quantize: {len(done)} of {len(files)} layers taken from {run.path}")
+    if shown is None:
+        quantize_missing(job, map_, files, None, None)
+    else:
+        by_layers_or_whole(job, lambda parts: quantize_missing(job, map_, files, shown, parts))
+    notes = [file.with_suffix(".txt") for file in files.values()]
+    return files, [note.read_text() for note in notes if note.exists()]
+
+
+def quantize_missing(
+    job: Job, map_: PrecisionMap, files: Mapping[int, Path], shown: Calibration | None, parts: Any
+) -> None:
+    """Make the layers whose files are not there, and beside each a note where its experts saw no data."""
+    from mopeq.assemble import write_layer
+
     todo = [layer for layer in job.spec.layers if not files[layer.layer].exists()]
-    if len(todo) < len(files):
-        say(f"quantize: {len(files) - len(todo)} of {len(files)} layers taken from {run.path}")
-    notes: list[str] = []
-    moments = layer_moments(job, calibration, {layer.layer for layer in todo}) if shown else {}
-    total = sum(layer.params for layer in todo)
-    with progress(f"quantize: {o.method}", total, "weights") as p:
-        for layer in todo:
-            weights = read_layer(job.folder, job.spec, layer)
-            seen = moments.pop(layer.layer, None)
-            if seen is not None and seen.starved:
+    with progress(f"quantize: {job.options.method}", sum(layer.params for layer in todo), "weights") as p:
+        for layer, weights, seen in layers_with_moments(job, todo, shown, parts):
+            note = files[layer.layer].with_suffix(".txt")  # a file, to outlive a pause
+            if seen is not None:
+                if seen.starved:
+                    starved = f"layer {layer.layer}: no calibration token reached experts {seen.starved}"
+                    write_atomic(note, f"{starved}; tuned on the layer's mean".encode())
                 seen.fill_starved()
-                notes.append(
-                    f"layer {layer.layer}: no calibration token reached experts {seen.starved};"
-                    " tuned on the layer's mean"
-                )
+            elif shown is not None:  # a head for multi-token prediction, say
+                unbuilt = f"layer {layer.layer}: the model does not build it, so its experts saw no data"
+                write_atomic(note, f"{unbuilt}; rounded to nearest".encode())
             packed: dict[LinearId, dict[str, Any]] = {}
-            for projection, w in weights.items():
+            for projection in layer.projections:
+                w = weights.pop(projection)
                 packed |= quantize_projection(job, map_, layer.layer, projection, w, seen)
                 p.step(w.numel())
             write_layer(files[layer.layer], job.spec, job.folder, layer, packed)
-    return files, notes
+
+
+def layers_with_moments(
+    job: Job, todo: list[MoELayer], shown: Calibration | None, parts: Any
+) -> Iterator[tuple[MoELayer, dict[str, Any], Any]]:
+    """(layer, {projection: weights [E, out, in]}, moments or None) of each layer, in the order they come."""
+    from mopeq.stream import read_layer
+
+    left = {layer.layer: layer for layer in todo}
+    if shown is not None and todo:
+        from mopeq.seam import weights
+        from mopeq.sense.moments import collect, gather
+        from mopeq.walk.walking import Walk
+
+        if parts is None:
+            model = source_model(job, None)
+            for layer, seen in collect(model, job.spec, shown.batches, work_memory(job), set(left)):
+                yield left.pop(layer.layer), read_layer(job.folder, job.spec, layer), seen
+        else:
+            for layer, module, seen in gather(Walk(parts(False)), shown.batches, set(left)):
+                yield left.pop(layer.layer), weights(module), seen
+    for layer in left.values():
+        yield layer, read_layer(job.folder, job.spec, layer), None
 
 
 def quantize_projection(
@@ -491,31 +591,25 @@ def quantize_projection(
     for e in range(len(w_ENC)):
         by_format.setdefault(map_[LinearId(layer, e, projection)], []).append(e)
     packed: dict[LinearId, dict[str, Any]] = {}
-    for fmt, members in by_format.items():
+    size = max(1, AT_A_TIME // (w_ENC.shape[1] * w_ENC.shape[2]))
+    parts = [(f, all_[at : at + size]) for f, all_ in by_format.items() for at in range(0, len(all_), size)]
+    for fmt, members in parts:
         m = None if moments is None else moments.of(projection)[members]
         w = w_ENC[members].float()
         w = w if m is None else w.to(m.device)
         try:
-            parts = {k: v.cpu() for k, v in method(w, fmt, moments=m, seed=job.options.seed).pack().items()}
+            made = {k: v.cpu() for k, v in method(w, fmt, moments=m, seed=job.options.seed).pack().items()}
         except BadInput as problem:  # a range too wide: the largest weight is in the matrix to name
             widest = members[int(w.abs().flatten(1).amax(1).argmax())]
             name = f"{job.spec.layer(layer).prefix}.{widest}.{projection}_proj"
             raise BadInput(f"{name}: {problem.line}", problem.hint) from None
-        packed |= {LinearId(layer, e, projection): {k: v[i] for k, v in parts.items()} for i, e in enumerate(members)}
+        packed |= {LinearId(layer, e, projection): {k: v[i] for k, v in made.items()} for i, e in enumerate(members)}
     return dict(sorted(packed.items()))
 
 
-def layer_moments(job: Job, calibration: Calibration | None, layers: set[int]) -> dict[int, Any]:
-    from mopeq.sense.moments import collect
-
-    assert calibration is not None
-    model = source_model(job, None)
-    return {layer.layer: m for layer, m in collect(model, job.spec, calibration.batches, work_memory(job), layers)}
-
-
 def work_memory(job: Job) -> int:
-    """What moments or candidates may take at a time: half of what is allowed beside the model."""
-    return (job.options.memory_bytes or available_memory()) // 2
+    """What moments, or activations that wait, may take at a time."""
+    return max(allowed_bytes(job.options) - layer_bytes(job.spec, job.options), 1 << 20)
 
 
 def write_checkpoint(job: Job, out: Path, map_: PrecisionMap, files: Mapping[int, Path]) -> int:
@@ -554,6 +648,7 @@ def seal(
     body = {
         "job": digest,
         "source": str(job.folder.resolve()),
+        "source_name": job.name,
         "source_revision": job.revision,
         "source_digest": job.spec.digest,
         "options": options | {"calib": [str(p) for p in job.options.calib]},

@@ -8,26 +8,51 @@ import torch
 from torch import Tensor
 
 from mopeq.errors import BadInput
-from mopeq.nouns import MoELayer, MoESpec, Place, TensorInfo
+from mopeq.nouns import MoELayer, MoESpec, PackedTensor, Place, TensorInfo
+from mopeq.tensors import TORCH_DTYPE, read_stored
 
-TORCH_DTYPE = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+PACKED_DTYPE = {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what a 4-bit float (E2M1) can be; the fourth bit is the sign
+E2M1 = (*POSITIVE, *(-value for value in POSITIVE))
 
 
 def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
-    """One stored tensor, read (not mapped, so that what is resident is what is held)."""
-    if info.dtype not in TORCH_DTYPE:
-        raise BadInput(f"{info.name} has dtype {info.dtype}", "give a checkpoint in bf16, fp16 or float32")
-    data = bytearray(info.nbytes)
-    with open(folder / info.file, "rb") as file:
-        file.seek(info.offset)
-        if file.readinto(data) != info.nbytes:
-            raise BadInput(f"{info.file} ends inside {info.name}", "the file changed or was cut short")
-    if not data:
-        return torch.empty(info.shape, dtype=TORCH_DTYPE[info.dtype])
-    return torch.frombuffer(data, dtype=TORCH_DTYPE[info.dtype]).reshape(info.shape)
+    """One stored tensor, read (not mapped, so that what is resident is what is held); a packed one is dequantized."""
+    if isinstance(info, PackedTensor):
+        codes = read_stored(folder, info.codes, TORCH_DTYPE | PACKED_DTYPE)
+        scales = read_stored(folder, info.scales, TORCH_DTYPE | PACKED_DTYPE)
+        dtype = TORCH_DTYPE[info.dtype]
+        if info.codes.dtype == "U8":
+            return dequantize_mxfp4(codes, scales, dtype)
+        return dequantize_float8(codes, scales, info.block, dtype)
+    return read_stored(folder, info, TORCH_DTYPE)
+
+
+def dequantize_float8(codes: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """codes [..., N, C] in float8, scales [..., ceil(N/rows), ceil(C/columns)] -> code * scale [..., N, C], taken in
+    float32 and rounded once; the last blocks may be shorter. A row of blocks is in float32 at a time."""
+    (rows, columns), (n, c) = block, codes.shape[-2:]
+    value = torch.empty(codes.shape, dtype=dtype)
+    scales = scales.float().reshape(*codes.shape[:-2], -(-n // rows), -(-c // columns))
+    for i, at in enumerate(range(0, n, rows)):
+        scale = scales[..., i, :].repeat_interleave(columns, -1)[..., None, :c]
+        value[..., at : at + rows, :] = codes[..., at : at + rows, :].float() * scale
+    return value
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """blocks uint8 [E, N, G, 16], the low half of a byte first, scales uint8 [E, N, G] -> [E, 32 G, N], the transpose
+    of code * 2^(scale - 127) (the OCP microscaling formats). 255 as a scale means NaN. Exact in bf16."""
+    e, n, g, _ = blocks.shape
+    table, value = torch.tensor(E2M1), torch.empty(e, 32 * g, n, dtype=dtype)
+    for expert in range(e):  # one at a time: the steps between take 12 bytes a value
+        halves = torch.stack([blocks[expert] & 15, blocks[expert] >> 4], -1).flatten(-2).int()
+        exponent = scales[expert].int() - 127
+        power = torch.ldexp(torch.ones(exponent.shape), exponent).masked_fill(exponent == 128, torch.nan)
+        value[expert] = (table[halves] * power[..., None]).flatten(-2).T
+    return value
 
 
 def refuse_sick(name: str, tensor: Tensor) -> Tensor:
@@ -53,12 +78,14 @@ def read_biases(folder: Path, spec: MoESpec, layer: MoELayer) -> dict[str, Tenso
 def read_place(folder: Path, spec: MoESpec, place: Place, experts: int, cache: dict[str, Tensor]) -> Tensor:
     """One projection's (or bias's) stack over experts, oriented [E, out, in] ([E, out])."""
     if place.per_expert:
-        names = [place.tensor.format(e=e) for e in range(experts)]
+        names = [place.name(e) for e in range(experts)]
         rows = torch.stack([refuse_sick(n, read_tensor(folder, spec.tensors[n])) for n in names])
     else:
         if place.tensor not in cache:
             cache[place.tensor] = refuse_sick(place.tensor, read_tensor(folder, spec.tensors[place.tensor]))
         rows = cache[place.tensor]
+        if place.flat:
+            rows = rows.unflatten(0, (experts, -1))
     if place.transposed:
         rows = rows.transpose(1, 2)
     return rows[:, place.part(rows.shape[1])]

@@ -7,13 +7,21 @@ that belong to a neighbouring byte.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mopeq.nouns import Format
+from mopeq.errors import BadInput
+from mopeq.nouns import Format, TensorInfo
+
+TORCH_DTYPE = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -100,7 +108,26 @@ class QWeight:
         zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts if q.zeros is not None])
         return cls(torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]), zeros, parts[0].format)
 
-    def __getitem__(self, index: int) -> QWeight:
-        """One matrix of a batch."""
+    def __getitem__(self, index: int | slice) -> QWeight:
+        """One matrix of a batch, or a part of the batch (of the rows, where it is one matrix)."""
         zeros = None if self.zeros is None else self.zeros[index]
         return QWeight(self.codes[index], self.scales[index], zeros, self.format)
+
+
+def read_stored(folder: Path, info: TensorInfo, dtypes: Mapping[str, torch.dtype] = TORCH_DTYPE) -> Tensor:
+    """A tensor as it lies on disk, read and not mapped, so that what is resident is what is held."""
+    if info.dtype not in dtypes:
+        raise BadInput(f"{info.name} has dtype {info.dtype}", "give a checkpoint in bf16, fp16 or float32")
+    data = bytearray(info.nbytes)
+    with open(folder / info.file, "rb") as file:
+        file.seek(info.offset)
+        if file.readinto(data) != info.nbytes:
+            raise BadInput(f"{info.file} ends inside {info.name}", "the file changed or was cut short")
+    if not data:
+        return torch.empty(info.shape, dtype=dtypes[info.dtype])
+    return torch.frombuffer(data, dtype=dtypes[info.dtype]).reshape(info.shape)
+
+
+def tensor_data(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as a file holds them."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
-from made import DTYPES, digests, header_of, payload, room, source, stored
+from made import DTYPES, digests, header_of, payload, quantize, room, source, stored
 from warm import mopeq
 
 KINDS = tuple(tiny.MAKERS)
@@ -125,6 +125,7 @@ def test_a_map_for_another_budget_serves_as_a_map(tmp_path: Path) -> None:
     result("quantize", folder, "-o", first, "--per", "projection")
     again = result("map", first, "--avg-bits", "2.4", "--against", first)
     assert again["against"]["differ"] > 0 and again["avg_expert_bits"] <= 2.4
+    assert again["padding"] > 0  # a bit in down costs other bytes than one in gate, see decisions/exact-totals.md
     path = tmp_path / "map.json"
     path.write_text(json.dumps(again))
     ahead, made = forecast_and_truth("olmoe", "bf16", tmp_path / "second", "--map", path)
@@ -183,14 +184,14 @@ def test_the_folder_is_an_ordinary_one(tmp_path: Path) -> None:
 
 
 def test_what_was_not_asked_for_is_kept_as_it_was(tmp_path: Path) -> None:
-    """Every tensor that is no routed expert is byte for byte the source's."""
+    """Every tensor that is no routed expert's (and no padding) is byte for byte the source's."""
     for kind in ("deepseek_v2", "qwen3_vl_moe"):
         out = tmp_path / kind
         result("quantize", source(kind), "-o", out)
         before, after = stored(source(kind)), stored(out)
         kept = [name for name in before if ".experts." not in name]
         assert len(kept) > 20 and all(before[name] == after[name] for name in kept)
-        assert all(".experts." in name for name in set(after) - set(kept))
+        assert all(".experts." in name for name in set(after) - set(kept) - {"mopeq.padding"})
 
 
 def test_python_does_what_the_commands_do(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_python_does_what_the_commands_do(tmp_path: Path) -> None:
         "plan", folder, "--avg-bits", "2.7", "--per", "projection"
     )
     with silence():
-        made = package.quantize(folder, tmp_path / "a", avg_bits=2.7, per="projection")
+        made = quantize(folder, tmp_path / "a", avg_bits=2.7, per="projection")
         measured = package.evaluate(tmp_path / "a", against=folder, data=[text()], window=64, limit=2)
     typed = result("quantize", folder, "-o", tmp_path / "b", "--avg-bits", "2.7", "--per", "projection")
     differ = {"out", "seconds", "peak_rss_bytes"}

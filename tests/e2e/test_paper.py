@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from made import quantize
 
-import mopeq
 from mopeq.data.calibration import calibrate_with
 from mopeq.models import load_config, load_model
 from mopeq.nouns import Format, LinearId
@@ -19,6 +19,8 @@ from mopeq.seam import model_layers, weights
 from mopeq.sense import hessian, hutchinson, quadratic
 from mopeq.sense.scene import Scene
 from mopeq.stages import open_job
+from mopeq.walk.parts import resident
+from mopeq.walk.walking import Walk
 
 FORMATS = Options().formats
 
@@ -114,7 +116,8 @@ def test_fisher_is_the_quadratic_form_it_says(scene: Scene) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     module.forward = lambda x, i, w: eager(module, x, i, w)
-    quadratic.run_batch("fisher", model, shown.batches[0], torch.Generator().manual_seed(0), "cpu")
+    walking = Walk(resident(model, scene.spec))
+    quadratic.sampled_loss(walking, shown.batches[0], torch.Generator().manual_seed(0)).backward()
     assert seen, "expert 0 must see a token for this test to say anything"
     w = weights(module)["down"].detach()
     for f, fmt in enumerate(FORMATS):
@@ -134,7 +137,7 @@ def test_the_whole_line_on_every_layout(kind: str, tmp_path: Path) -> None:
             {"allocate": "kmeans", "other_bits": 4},
         ]
     ):
-        made = mopeq.quantize(source, tmp_path / str(n), **options)
+        made = quantize(source, tmp_path / str(n), **options)
         assert made["read_back"] < 1e-4
         assert made["bytes_weights"] == made["predicted_bytes"]
 
@@ -143,8 +146,8 @@ def test_the_whole_line_on_every_layout(kind: str, tmp_path: Path) -> None:
 def test_every_sensitivity_with_a_calibrated_quantizer(sensitivity: str, source: Path, tmp_path: Path) -> None:
     text = tiny.write_text(tmp_path / "calib.txt")
     options = {"sensitivity": sensitivity, "calib": (text,), "calib_tokens": 800, "per": "projection", "fit": "55%"}
-    first = mopeq.quantize(source, tmp_path / "a", method="gptq", **options)
-    again = mopeq.quantize(source, tmp_path / "b", method="gptq", **options)
+    first = quantize(source, tmp_path / "a", method="gptq", **options)
+    again = quantize(source, tmp_path / "b", method="gptq", **options)
     assert first["map"] == again["map"]
     shards = sorted(p.name for p in (tmp_path / "a").glob("model*.safetensors"))
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in shards)

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import made
 import numpy as np
 import pytest
 import report_sample as sample
 from chromium import Chromium, find_chromium
 from PIL import Image
 
+from mopeq.alloc.baselines import running_min
+from mopeq.alloc.choose import Question, least_cost
+from mopeq.alloc.reach import largest_total
+from mopeq.nouns import Format
+from mopeq.plan import Problem, Target
 from mopeq.report.render import render
+from mopeq.verbs import report as reporting
+from mopeq.verbs.map import show
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs chromium (apt-get install chromium)")
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -213,3 +225,193 @@ def test_the_command_line_of_the_docs_takes_a_picture(report: Path, tmp_path: Pa
     command = [program, *words[:-1], report.resolve().as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert Image.open(tmp_path / "p.png").size[0] == 1280
+
+
+# ------------------------------------------------------------------------------------------- the budget explorer
+
+EXPLORED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("olmoe", {"per": "projection"}),
+    ("qwen3_vl_moe", {"per": "expert", "avg_bits": 2.5, "other_bits": 8}),
+    ("olmoe", {"per": "projection", "group_size": "16,64", "avg_bits": 3.3}),  # steps that differ
+)
+ASK = """new Promise((done) => {
+  const section = document.querySelectorAll(".explorer")[%d], field = section.querySelector("input[type=text]");
+  field.value = "%s";
+  field.dispatchEvent(new Event("change"));
+  const look = () => section.getAttribute("aria-busy") === "true" ? setTimeout(look, 5)
+    : done({...section.explorer.json(), ...section.explorer.map, said: section.querySelector(".said").textContent,
+      numbers: section.querySelector(".stats").textContent, command: section.querySelector(".command").textContent,
+      parts: [...section.querySelectorAll(".parts tr td:nth-child(2)")].map((e) => parseInt(e.title))});
+  look();
+})"""
+
+
+def wait_for(page: Chromium, expression: str) -> None:
+    end = time.monotonic() + 60
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        time.sleep(0.05)
+
+
+def open_explorers(browser: Chromium, path: Path) -> None:
+    browser.window(1280, 900)
+    browser.requests.clear()
+    browser.complaints.clear()
+    browser.open(path)
+    wait_for(browser, "[...document.querySelectorAll('.explorer')].every((s) => s.explorer)")
+
+
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("explored") / "r.html"
+    reporting.write([made.packed(kind, **options)[0] for kind, options in EXPLORED], path)
+    return path
+
+
+@pytest.mark.parametrize(("which", "budgets"), [(0, 20), (1, 20), (2, 10)])
+def test_the_explorer_finds_the_maps_of_mopeq_map(browser: Chromium, explored: Path, which: int, budgets: int) -> None:
+    """Fifty budgets: the same bytes, and the same format for every matrix."""
+    out = made.packed(EXPLORED[which][0], **EXPLORED[which][1])[0]
+    open_explorers(browser, explored)
+    least, most = browser.evaluate(f"(({{least, most}}) => [least, most])({section(which)}.explorer)")
+    digests = set()
+    for budget in [least, most, *np.random.default_rng(which).integers(least, most, budgets - 2).tolist()]:
+        want, got = show(out, fit=budget), browser.evaluate(ASK % (which, budget))
+        assert {k: got[k] for k in ("formats", "layers", "experts")} == {
+            k: want[k] for k in ("formats", "layers", "experts")
+        }, budget
+        assert got["padding"] == want.get("padding", 0)
+        assert got["bytes_weights"] == want["bytes_weights"] == got["parts"][-1] == sum(got["parts"][:-1])
+        assert got["avg_expert_bits"] == pytest.approx(want["avg_expert_bits"], abs=1e-12)
+        assert f"{got['bytes_weights']:,} bytes" in got["numbers"]
+        digests.add(want["digest"])
+    assert len(digests) > budgets // 2  # budgets that tell maps apart
+    assert browser.requests == [explored.resolve().as_uri()]
+    assert browser.complaints == []
+
+
+def section(which: int) -> str:
+    return f"document.querySelectorAll('.explorer')[{which}]"
+
+
+def test_the_explorers_command_makes_that_checkpoint(browser: Chromium, explored: Path, tmp_path: Path) -> None:
+    open_explorers(browser, explored)
+    least, most = browser.evaluate(f"(({{least, most}}) => [least, most])({section(0)}.explorer)")
+    found = browser.evaluate(ASK % (0, (least + most) // 2))
+    words = shlex.split(found["command"])
+    assert words[:2] == ["mopeq", "quantize"]
+    assert "--run" in words
+    words[words.index("-o") + 1] = str(tmp_path / "new")
+    command = [sys.executable, "-c", "from mopeq.cli import main; main()", *words[1:]]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    again = show(tmp_path / "new")
+    assert [again[k] for k in ("experts", "formats")] == [found[k] for k in ("experts", "formats")]
+    kept = tmp_path / "map.json"  # what the page's button saves
+    kept.write_text(json.dumps({k: found[k] for k in ("format_version", "formats", "layers", "experts")}))
+    assert show(kept)["experts"] == found["experts"]
+    run = json.loads((tmp_path / "new" / "mopeq_run.json").read_text())
+    assert run["result"]["bytes_weights"] == found["bytes_weights"]
+
+
+def test_the_slider_is_worked_by_keys_and_speaks(browser: Chromium, explored: Path) -> None:
+    open_explorers(browser, explored)
+    browser.evaluate(f"{section(1)}.querySelector('input[type=range]').focus()")
+    before = browser.evaluate(f"{section(1)}.explorer.map.bytes_weights")
+    for _ in range(80):
+        browser.press("ArrowRight")
+    wait_for(browser, f"{section(1)}.getAttribute('aria-busy') === 'false'")
+    after = browser.evaluate(f"{section(1)}.explorer.map.bytes_weights")
+    assert after > before
+    node = browser.call("Accessibility.getFullAXTree")["nodes"]
+    (slider,) = [n for n in node if n["role"]["value"] == "slider" and n["properties"] and focused(n)]
+    assert slider["name"]["value"] == "bytes of weights"
+    spoken = browser.evaluate(f"{section(1)}.querySelector('input[type=range]').getAttribute('aria-valuetext')")
+    assert re.match(r"0\.\d\d MiB, [234]\.\d\d bits a weight, predicted loss \d", spoken)
+    assert browser.evaluate(ASK % (1, "1kB"))["said"].startswith("the smallest map takes")
+    assert "write it like 12GiB" in browser.evaluate(ASK % (1, "much"))["said"]
+    assert browser.evaluate(ASK % (1, "0.2MiB"))["bytes_weights"] <= 0.2 * 2**20
+    # a cell read in the explorer is of the map shown there
+    browser.evaluate(f"{section(1)}.querySelector('.map').focus()")
+    found = browser.evaluate(
+        f"[{section(1)}.querySelector('.read').textContent, {section(1)}.explorer.rows.gate[0][0]]"
+    )
+    assert f"· {EXPLORED_FORMATS[found[1]]} ·" in found[0] + " ·"
+
+
+EXPLORED_FORMATS = ("2g64a", "3g64a", "4g64a")
+
+
+def focused(node: dict[str, Any]) -> bool:
+    return any(p["name"] == "focused" and p["value"].get("value") for p in node["properties"])
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_explorer_in_dark_and_on_a_phone(browser: Chromium, explored: Path, width: int) -> None:
+    open_explorers(browser, explored)
+    pixel = f"[...{section(0)}.querySelector('canvas').getContext('2d').getImageData(0, 0, 1, 1).data]"
+    light = browser.evaluate(pixel)
+    browser.window(width, 800, dark=True)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(CONTRAST)[0] >= 4.5, browser.evaluate(CONTRAST)
+    wait_for(browser, f"{pixel}.join() !== '{','.join(map(str, light))}'")  # painted again
+    browser.evaluate("dispatchEvent(new Event('beforeprint'))")  # paper is white
+    assert browser.evaluate(pixel) == light
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.evaluate(f"getComputedStyle({section(0)}.querySelector('.choose')).display") == "none"
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(30, 72), (48, 128)])
+def test_the_explorer_follows_without_lag(browser: Chromium, tmp_path: Path, layers: int, experts: int) -> None:
+    """Three projections, three formats: a move's work, half of the moves under 50 ms on whatever machine this is."""
+    path = tmp_path / "large.html"
+    path.write_text(render([sample.explored(layers, experts)]), encoding="utf-8")
+    open_explorers(browser, path)
+    moves = browser.evaluate(
+        "(() => { const { explorer } = document.querySelector('.explorer'), { least, most } = explorer, took = [];"
+        " for (let i = 0; i < 30; i++) { const t = performance.now();"
+        "  explorer.solve(Math.floor(least + ((most - least) * ((7 * i) % 30)) / 30));"
+        "  document.body.getBoundingClientRect(); took.push(performance.now() - t); }"
+        " return took; })()"
+    )
+    assert np.median(moves) < 50, sorted(moves)
+    assert browser.complaints == []
+
+
+SHAPES = {  # (shapes, bits, group sizes): steps alike; steps that differ a little; by group size too; many widths
+    "alike": (((96, 256), (256, 96)), (2, 3, 4), (32,)),
+    "awkward": (((48, 100), (100, 48)), (2, 3, 4), (64,)),
+    "groups": (((32, 96), (96, 32), (40, 72)), (2, 3, 4), (32, 64)),
+    "widths": (((32, 96), (64, 32)), (1, 2, 3, 4, 8), (32,)),
+}
+
+
+@pytest.mark.parametrize("kind", list(SHAPES))
+def test_the_pages_solver_is_the_allocator(browser: Chromium, explored: Path, kind: str) -> None:
+    """Random problems, with ties and without: every item's format, and the total."""
+    open_explorers(browser, explored)
+    shapes, bits, groups = SHAPES[kind]
+    formats = tuple(Format(b, g) for b in bits for g in groups)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        items = int(rng.integers(3, 25))
+        shape_J = rng.integers(0, len(shapes), items)
+        weight_JF = np.array([[f.nbytes(*shapes[s]) for f in formats] for s in shape_J])
+        noise_JF = np.exp(rng.normal(0, 0.3, (items, len(formats))))
+        cost_JF = np.exp(rng.normal(-2, 2, (items, 1))) * 4.0 ** -np.array([f.bits for f in formats]) * noise_JF
+        cost_JF = np.round(cost_JF, 2) if seed % 2 else cost_JF
+        for group in groups:
+            of = [f.group_size == group for f in formats]
+            cost_JF[:, of] = running_min(cost_JF[:, of])
+        limits = rng.integers(weight_JF.min(1).sum(), weight_JF.max(1).sum() + 9, 3).tolist()
+        found = browser.evaluate(
+            f"(() => {{ const s = MopeqSolver({cost_JF.tolist()}, {weight_JF.tolist()});"
+            f" return {limits}.map((limit) => s.solve(limit)); }})()"
+        )
+        for limit, got in zip(limits, found, strict=True):
+            total = largest_total(weight_JF, limit)
+            assert total is not None
+            problem = Problem(formats, np.arange(items), weight_JF, weight_JF, np.zeros(items))
+            asked = Question(problem, cost_JF, None, Target(total, None), "model", 0)
+            assert got["total"] == total
+            assert got["choice"] == least_cost(asked, cost_JF).tolist(), (seed, limit)

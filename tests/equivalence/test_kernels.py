@@ -81,15 +81,14 @@ def pack_module(kind: str, seed: int, palette: list[Format] = FORMATS) -> tuple[
     exact = {p: x.double().clone() for p, x in w.items()}
     with torch.device("meta"):
         packed = QuantizedExperts(module, formats, shapes)
+    stored: dict[str, Tensor] = {}
     for p in w:
         for e in range(EXPERTS):
-            holder = packed.get_submodule(f"{e}.{p}_proj")
             q = quantize(w[p][e], formats[p][e])
             exact[p][e] = q.dequantize(torch.float64)
-            stored = q.pack() | ({"bias": b[p][e]} if b else {})
-            for name, value in stored.items():
-                setattr(holder, name, nn.Parameter(value.clone(), requires_grad=False))
-    packed.seal()
+            parts = q.pack() | ({"bias": b[p][e]} if b else {})
+            stored |= {f"{e}.{p}_proj.{suffix}": value for suffix, value in parts.items()}
+    packed.fill(stored.__getitem__)
     return packed, {"w": exact, "b": {p: x.double() for p, x in b.items()}, "module": keeper}
 
 
@@ -281,5 +280,5 @@ def test_what_did_not_load_is_named() -> None:
         packed = QuantizedExperts(
             module, {p: [Format(3)] * EXPERTS for p in ("gate", "up", "down")}, projection_shapes(module)
         )
-    with pytest.raises(MopeqError, match="expert 0 gate: qweight came as"):
-        packed.seal()
+    with pytest.raises(MopeqError, match=r"expert 0 gate: qweight came as torch.uint8 \[3\]"):
+        packed.fill(lambda name: torch.zeros(3, dtype=torch.uint8))

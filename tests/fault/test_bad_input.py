@@ -121,6 +121,45 @@ def test_a_source_quantized_already(method: str, model: Path, tmp_path: Path) ->
     both(model, tmp_path / "out", "already quantized", method)
 
 
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors", "fp8"])
+def test_quantized_tensors_that_mopeq_does_not_read(method: str, tmp_path: Path) -> None:
+    """Integer codes under another name than any matrix's; float8 whose scales are of another kind."""
+    folder, code = tmp_path / "model", "F8_E4M3" if method == "fp8" else "I32"
+    name, size = "model.layers.0.mlp.experts.0.gate_proj", 64 * 8 * (1 if method == "fp8" else 4)
+    header = {
+        f"{name}.{'weight' if method == 'fp8' else 'qweight'}": (code, [64, 8], 0, size),
+        f"{name}.weight_scale": ("F32", [64], size, size + 256),
+    }
+    entries = {n: {"dtype": d, "shape": s, "data_offsets": [a, b]} for n, (d, s, a, b) in header.items()}
+    write_shard(folder / "model.safetensors", entries, bytes(size + 256))
+    body = {"model_type": "olmoe", "hidden_size": 8, "quantization_config": {"quant_method": method}}
+    (folder / "config.json").write_text(json.dumps(body))
+    both(folder, tmp_path / "out", f"already quantized ({method})")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "says"),
+    [([1, 2], "F32", "[1, 1] scales belong to"), ([1, 1], "I32", "does not read"), (None, "F32", "no scales belong")],
+)
+def test_float8_whose_scales_do_not_fit(shape: Any, dtype: str, says: str, tmp_path: Path) -> None:
+    folder, name = tmp_path / "model", "model.layers.0.mlp.experts.0.{}_proj.weight"
+    entries: dict[str, Any] = {}
+    at = 0
+    for p in ("gate", "up", "down"):
+        rows = [(name.format(p), "F8_E4M3", [8, 8], 64)]
+        if p != "up":
+            rows.append((f"{name.format(p)}_scale_inv", "F32", [1, 1], 4))
+        elif shape is not None:
+            rows.append((f"{name.format(p)}_scale_inv", dtype, shape, 4 * shape[0] * shape[1]))
+        for key, kind, sides, size in rows:
+            entries[key] = {"dtype": kind, "shape": sides, "data_offsets": [at, at + size]}
+            at += size
+    write_shard(folder / "model.safetensors", entries, bytes(at))
+    body = {"model_type": "olmoe", "hidden_size": 8, "num_experts": 1, "quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(body))
+    both(folder, tmp_path / "out", "experts.0.up_proj.weight", says)
+
+
 def test_mopeqs_own_output_as_a_source(tmp_path: Path) -> None:
     out, _ = packed("olmoe")
     both(out, tmp_path / "out", "already quantized (mopeq)")
@@ -241,6 +280,19 @@ def test_weights_that_are_not_finite(tensor: str, value: bytes, word: str, model
         error, _ = quantize(model, out, *more).refused()
         assert tensor in error and word in error
         nothing_written(out)
+
+
+@pytest.mark.parametrize("tensor", [EXPERT, OTHER, "model.norm.weight"])
+def test_ill_weights_are_refused_before_any_work(tensor: str, model: Path, tmp_path: Path) -> None:
+    """What is written last is looked at first; so are the experts where the whole model runs on data."""
+    poke(model, tensor, 6, NAN)
+    text = tmp_path / "text.txt"
+    text.write_text("a text " * 200)
+    more = ("--sensitivity", "frequency", "--calib", text, "--calib-tokens", "64") if tensor == EXPERT else ()
+    ended = quantize(model, tmp_path / "out", *more)
+    assert tensor in ended.refused()[0]
+    assert "sense:" not in ended.err
+    assert not list((tmp_path / "out" / ".mopeq").rglob("*.npz"))
 
 
 def test_weights_beyond_any_scale(model: Path, tmp_path: Path) -> None:

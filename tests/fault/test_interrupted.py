@@ -236,8 +236,9 @@ def test_damaged_stage_files(tmp_path: Path) -> None:
 
 def test_two_runs_are_the_same_bytes(tmp_path: Path) -> None:
     """Another folder, another process with another hash seed, another place of the source."""
+    from made import quantize
+
     from mopeq.progress import silence
-    from mopeq.stages import quantize
 
     with silence():
         quantize(source("olmoe"), tmp_path / "here", avg_bits=2.6, per="projection", shard_size="60kB")

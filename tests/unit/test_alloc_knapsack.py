@@ -14,7 +14,7 @@ from scipy.sparse import block_diag, csr_matrix, vstack
 
 from mopeq.alloc import core, knapsack, split
 from mopeq.alloc.knapsack import solve, solve_code
-from mopeq.alloc.reach import largest_code_total, largest_total
+from mopeq.alloc.reach import largest_total
 from mopeq.errors import BadInput
 
 
@@ -289,14 +289,20 @@ def test_forbidden_and_broken_costs_are_refused():
         solve(cost_IF, weight_IF, 5)
 
 
-def test_a_broken_promise_of_bytes_is_refused():
-    """The fewest bytes of 6 code bits need the second column; forbidding it costs bytes, which must be said."""
-    code_IF, bytes_IF = np.array([[2, 2, 4]] * 2), np.array([[9, 8, 16]] * 2)
-    code, least = largest_code_total(code_IF, bytes_IF, 7)
-    assert (code, least) == (6, 24)
-    assert solve_code(np.ones((2, 3)), code_IF, bytes_IF, code, least).choice_I.tolist() in ([1, 2], [2, 1])
-    with pytest.raises(BadInput, match="at least 25 bytes, not 24"):
-        solve_code(np.array([[1, np.inf, 1.0]] * 2), code_IF, bytes_IF, code, least)
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.integers(0, 40))
+def test_slack_lets_the_cheapest_near_total_win(problem, slack):
+    """Equal to the best of brute force over every total from `total - slack` to `total`."""
+    cost_IF, weight_IF, total, _ = problem
+    none = np.zeros_like(weight_IF)
+    wants = [brute(cost_IF, weight_IF, t, none) for t in range(total - slack, total + 1)]
+    if wants[-1] is None:  # the total itself must be one that a choice reaches
+        return
+    best = min(w[1] for w in wants if w is not None)
+    found = solve(cost_IF, weight_IF, total, slack)
+    assert total - slack <= weight_IF[np.arange(len(weight_IF)), found.choice_I].sum() <= total
+    assert found.cost == pytest.approx(best, rel=1e-12, abs=1e-12)
+    assert found.gap == 0.0
 
 
 def test_shapes_with_nothing_in_common_are_refused_not_guessed(monkeypatch):

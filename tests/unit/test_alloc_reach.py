@@ -12,16 +12,16 @@ from mopeq.errors import BadInput
 from mopeq.nouns import Format
 
 
-def fewest_by_total(weight_IF, bytes_IF):
-    """Every reachable total and the fewest bytes it takes, item by item."""
-    fewest = {0: 0}
+def most_by_total(weight_IF, bytes_IF):
+    """Every reachable total and the most bytes it takes, item by item."""
+    most = {0: 0}
     for weights, stored in zip(weight_IF.tolist(), bytes_IF.tolist(), strict=True):
         after: dict[int, int] = {}
-        for total, spent in fewest.items():
+        for total, spent in most.items():
             for w, b in zip(weights, stored, strict=True):
-                after[total + w] = min(after.get(total + w, spent + b), spent + b)
-        fewest = after
-    return fewest
+                after[total + w] = max(after.get(total + w, spent + b), spent + b)
+        most = after
+    return most
 
 
 @settings(max_examples=300, deadline=None)
@@ -31,15 +31,15 @@ def test_equals_the_set_of_all_sums(seed, items, formats, high, classes):
     weight_IF = rng.integers(0, high, (items, formats))[rng.integers(0, min(classes, items), items)]
     weight_IF = weight_IF * int(rng.integers(1, 4))
     bytes_IF = rng.integers(0, high, (items, formats))
-    fewest = fewest_by_total(weight_IF, bytes_IF)
-    for limit in [-1, min(fewest) - 1, max(fewest), max(fewest) + 5, *rng.integers(0, max(fewest) + 2, 5).tolist()]:
-        want = max((t for t in fewest if t <= limit), default=None)
+    most = most_by_total(weight_IF, bytes_IF)
+    for limit in [-1, min(most) - 1, max(most), max(most) + 5, *rng.integers(0, max(most) + 2, 5).tolist()]:
+        want = max((t for t in most if t <= limit), default=None)
         assert largest_total(weight_IF, limit) == want
         if want is None:
             with pytest.raises(BadInput, match="cannot hold the experts"):
                 largest_code_total(weight_IF, bytes_IF, limit)
         else:
-            assert largest_code_total(weight_IF, bytes_IF, limit) == (want, fewest[want])
+            assert largest_code_total(weight_IF, bytes_IF, limit) == (want, most[want])
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,12 +62,12 @@ def test_awkward_shapes_of_real_formats(group_size):
     shapes = [(27, 41), (27, 41), (41, 27)] * 8
     code_IF = np.array([[f.bits * out * n for f in formats] for out, n in shapes])
     bytes_IF = np.array([[f.nbytes(out, n) for f in formats] for out, n in shapes])
-    fewest = fewest_by_total(code_IF, bytes_IF)
+    most = most_by_total(code_IF, bytes_IF)
     for average in (1.0, 2.37, 3.0, 5.5, 8.0):
-        code, least = largest_code_total(code_IF, bytes_IF, int(average * sum(out * n for out, n in shapes)))
-        assert least == fewest[code]
-        assert code == max(t for t in fewest if t <= average * sum(out * n for out, n in shapes))
-    sums = fewest_by_total(bytes_IF, code_IF)
+        code, nbytes = largest_code_total(code_IF, bytes_IF, int(average * sum(out * n for out, n in shapes)))
+        assert nbytes == most[code]
+        assert code == max(t for t in most if t <= average * sum(out * n for out, n in shapes))
+    sums = most_by_total(bytes_IF, code_IF)
     for limit in np.linspace(min(sums), max(sums), 9).astype(int).tolist():
         assert largest_total(bytes_IF, limit) == max(t for t in sums if t <= limit)
 
@@ -78,10 +78,10 @@ def test_a_real_model_spends_an_average_to_the_bit():
     shapes = [(768, 2048), (768, 2048), (2048, 768)] * (48 * 128)
     code_IF = np.array([[f.bits * out * n for f in formats] for out, n in shapes])
     bytes_IF = np.array([[f.nbytes(out, n) for f in formats] for out, n in shapes])
-    code, least = largest_code_total(code_IF, bytes_IF, int(code_IF[:, 1].sum()))
-    assert (code, least) == (int(code_IF[:, 1].sum()), int(bytes_IF[:, 1].sum()))
-    assert largest_total(bytes_IF, least) == least
-    assert largest_total(bytes_IF, least + 1) == least
+    code, nbytes = largest_code_total(code_IF, bytes_IF, int(code_IF[:, 1].sum()))
+    assert (code, nbytes) == (int(code_IF[:, 1].sum()), int(bytes_IF[:, 1].sum()))
+    assert largest_total(bytes_IF, nbytes) == nbytes
+    assert largest_total(bytes_IF, nbytes + 1) == nbytes
 
 
 def test_nothing_in_common_is_refused_quickly():

@@ -16,7 +16,7 @@ from mopeq import __version__, cli
 from mopeq.cli import app, run_command
 from mopeq.errors import BadInput, MopeqError
 
-VERBS = ("plan", "quantize", "map", "run", "eval", "report", "verify", "demo")
+VERBS = ("plan", "quantize", "map", "run", "eval", "bench", "report", "verify", "demo")
 
 
 def refused(capsys: Any, arguments: list[str], code: int = 2) -> tuple[str, str]:
@@ -201,6 +201,7 @@ def test_flags_of_the_contract() -> None:
     }  # fmt: skip
     assert flags["map"] >= {"--avg-bits", "--fit", "--json"} and flags["run"] >= {"--prompt", "--image", "--json"}
     assert flags["eval"] >= {"--against", "--data", "--window", "--tasks", "--json"}
+    assert flags["bench"] >= {"--shapes", "--tokens", "--bits", "--against", "--device", "--plot", "--json"}
     assert flags["report"] >= {"-o", "--json"} and flags["verify"] >= {"--json"} and flags["demo"] >= {"--json"}
 
 

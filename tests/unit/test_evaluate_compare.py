@@ -215,3 +215,27 @@ def test_the_interval_covers_the_truth_about_19_times_in_20() -> None:
         low, high = compare([batch], lambda b: p.expand(40, 12, 2), lambda b, q=logits: q).all.kl_ci95
         inside += low <= 1.0 <= high
     assert 0.90 <= inside / 200 <= 0.99
+
+
+def test_each_row_is_kept_and_the_rows_make_the_whole() -> None:
+    original, noise = table_model(0, 12), table_model(1, 12, 0.5)
+
+    def packed(batch):
+        return original(batch) + noise(batch)
+
+    text, image = {"input_ids": ids(1, 3, 7, 12)}, {"input_ids": ids(2, 1, 5, 12)}
+    image["image_mask"] = torch.tensor([[1, 0, 0, 0, 0]]).bool()
+    found = compare([text, image], original, packed)
+    assert [row.modality for row in found.rows] == ["text"] * 3 + ["image"]
+    assert sum(row.kl for row in found.rows) / sum(row.tokens for row in found.rows) == pytest.approx(found.all.kl)
+    assert math.exp(sum(r.nll for r in found.rows) / sum(r.predicted for r in found.rows)) == pytest.approx(
+        found.all.ppl
+    )
+    assert len({row.id for row in found.rows}) == 4
+    other = compare([text, image], original, table_model(2, 12))  # another packed model: the same rows
+    assert [row.id for row in other.rows] == [row.id for row in found.rows]
+    assert found.all.ppl_change == pytest.approx(found.all.ppl / found.all.ppl_against - 1)
+    assert found.all.ppl_change_ci95[0] <= found.all.ppl_change <= found.all.ppl_change_ci95[1]
+    assert found.all.top1_ci95[0] <= found.all.top1_agreement <= found.all.top1_ci95[1]
+    alone = compare([text], None, packed)
+    assert alone.all.ppl_change is None and alone.all.top1_ci95 is None and alone.rows[0].kl == 0.0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from scipy.stats import binomtest
 
 from mopeq.data.readers import Item
 from mopeq.errors import BadInput
-from mopeq.evaluate.tasks import interval, metric_of, run_tasks, task_places
+from mopeq.evaluate.tasks import agreement, interval, metric_of, run_tasks, task_places
 
 
 def item(answer: object, dataset: str = "world", category: str = "", **meta: object) -> Item:
@@ -101,3 +102,27 @@ def test_other_intervals_are_normal_and_stay_inside() -> None:
     half = 1.959963984540054 * math.sqrt(sum((u - mean) ** 2 for u in units) / 3 / 4)
     assert interval(units) == pytest.approx([max(0, mean - half), min(1, mean + half)])
     assert interval([0.9, 0.99]) == [pytest.approx(0.945 - 1.959963984540054 * 0.045), 1.0]
+
+
+def test_the_originals_answers_are_scored_beside() -> None:
+    wanted = ["3", "4", "5", "6"]
+    asked = [item(w, category="counting", index=str(i)) for i, w in enumerate(wanted)]
+    asked[3] = replace(asked[3], images=(b"x",))
+    records: list[dict] = []
+    units: dict[str, list[float]] = {}
+    found = run_tasks(
+        asked, lambda _: ["3", "9", "5", "8"], records=records, original=lambda _: ["3", "4", "5", "7"], units=units
+    )["counting"]
+    assert (found["score"], found["original"], found["agreement"]) == (0.5, 0.75, 0.5)
+    assert found["change"]["mean"] == -0.25
+    assert found["change"]["ci95"][0] < -0.25 < found["change"]["ci95"][1] == 0.0
+    assert units == {"counting": [1.0, 0.0, 1.0, 0.0]}
+    assert [row["original"] for row in records] == ["3", "4", "5", "7"]
+    alike = agreement(records)
+    assert {name: (a["agreement"], a["n"]) for name, a in alike.items()} == {
+        "all": (0.5, 4),
+        "text": (2 / 3, 3),
+        "image": (0.0, 1),
+    }
+    assert alike["all"]["ci95"][0] < 0.5 < alike["all"]["ci95"][1]
+    assert agreement([{"prediction": "3", "modality": "text"}]) == {}  # the original was not asked

@@ -17,10 +17,10 @@ def test_defaults() -> None:
     """A default changes only with a line in the changelog."""
     o = Options()
     assert [f.name for f in o.formats] == ["2g64a", "3g64a", "4g64a"]
-    assert (o.sensitivity, o.allocate, o.per, o.method) == ("hessian", "knapsack", "expert", "rtn")
+    assert (o.sensitivity, o.allocate, o.per, o.method) == ("fisher", "knapsack", "projection", "gptq")
     assert (o.scope, o.seed, o.calib_tokens, o.device, o.other) == ("model", 0, 65536, "auto", None)
     assert o.budget(olmoe()) == Budget(avg_bits=3.0) and DEFAULT_AVG_BITS == 3.0
-    assert o.needs_data == []
+    assert o.needs_data == ["--sensitivity fisher", "--method gptq"]
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,11 @@ def test_numbers() -> None:
 
 
 def test_which_flags_show_data_to_the_model() -> None:
-    assert Options(sensitivity="frequency").needs_data == ["--sensitivity frequency"]
+    assert Options(sensitivity="hessian", method="rtn").needs_data == []
+    assert Options(sensitivity="frequency", method="rtn").needs_data == ["--sensitivity frequency"]
     assert Options(sensitivity="frequency", method="signround").needs_data == [
         "--sensitivity frequency",
         "--method signround",
     ]
-    assert Options(sensitivity="frequency", allocate="uniform").needs_data == []
-    assert Options(sensitivity="frequency", map="m.json").needs_data == []
+    assert Options(sensitivity="frequency", method="rtn", allocate="uniform").needs_data == []
+    assert Options(sensitivity="frequency", method="rtn", map="m.json").needs_data == []

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_no_larger_total_can_be_reached(
     limit = avg * spec.expert_params + 1e-6
     found = target(spec, p, Budget(avg_bits=avg), j.fixed)
     code = max(c for c, _ in totals if c <= limit)
-    assert (found.code_bits, found.expert_bytes) == (code, min(b for c, b in totals if c == code))
+    assert (found.code_bits, found.expert_bytes) == (code, max(b for c, b in totals if c == code))
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -330,9 +331,37 @@ def test_forecast_counts() -> None:
 
 
 def test_kmeans_has_no_prediction_but_bounds() -> None:
-    f = forecast(job(olmoe(), allocate="kmeans", bits="2,4"))
-    assert f["predicted_bytes"] is None and f["budget_bytes"] is None
-    assert (f["minimum_bytes"], f["maximum_bytes"]) == (f["bytes_by_bits"]["2"], f["bytes_by_bits"]["4"])
+    """Two layers of three like experts: the least at equal scores; at most, one expert (of each layer) is narrow."""
+    for scope, narrow in (("model", 1), ("layer", 2)):
+        f = forecast(job(olmoe(), allocate="kmeans", bits="2,4", per="expert", scope=scope))
+        assert f["predicted_bytes"] is None and f["budget_bytes"] is None
+        least, most = f["bytes_by_bits"]["2"], f["bytes_by_bits"]["4"]
+        assert f["minimum_bytes"] == least and f["maximum_bytes"] == most - narrow * (most - least) // 6
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@pytest.mark.parametrize("per", ["projection", "expert", "layer"])
+def test_kmeans_stays_within_its_bounds(per: str, scope: str) -> None:
+    """And meets both: the least where all scores are equal, the most where the low ones stand alone (where items
+    are alike: the bound does not ask whether two of them are the smallest)."""
+    spec = olmoe(experts=5, layers=2)
+    asked = job(spec, allocate="kmeans", bits="2,3,8", per=per, scope=scope)
+    f, seen = forecast(asked), []
+    for seed in range(30):
+        s = scored(spec, asked.options.formats, seed)
+        if seed == 0:
+            s = replace(s, score_I=np.ones(len(s.linears)))
+        elif seed == 1:  # in every layer and in the model, two items stand apart at the low end
+            at = asked.problem.item_of_I
+            first = np.flatnonzero(np.diff(asked.problem.layer_of_J, prepend=-1))
+            score_J = np.full(len(asked.problem.layer_of_J), 9.0)
+            score_J[first[0] if scope == "model" else first] = 1
+            if per != "layer":
+                score_J[first[0] + 1 if scope == "model" else first + 1] = 4
+            s = replace(s, score_I=score_J[at] / np.bincount(at)[at])
+        seen.append(asked.fixed + solve(asked, s).nbytes(spec))
+        assert f["minimum_bytes"] <= seen[-1] <= f["maximum_bytes"]
+    assert seen[0] == f["minimum_bytes"] and (seen[1] == f["maximum_bytes"] or per == "projection")
 
 
 def test_kv_cache() -> None:

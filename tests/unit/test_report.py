@@ -4,6 +4,7 @@ real folders."""
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import made
 import numpy as np
 import pytest
 import report_sample as sample
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from mopeq.errors import BadInput
 from mopeq.nouns import Format, LinearId, PrecisionMap, Sensitivity
@@ -30,7 +32,9 @@ from mopeq.packed import MANIFEST, json_bytes, write_manifest
 from mopeq.report import charts, heat, scales
 from mopeq.report.facts import ALL, Part, read_evaluation, senses_of, widths_of
 from mopeq.report.render import render
+from mopeq.report.study import minmax_product, rank_correlation
 from mopeq.report.svg import significant
+from mopeq.verbs import contrast as contrasting
 from mopeq.verbs import report as reporting
 
 SOURCE = Path(reporting.__file__).parents[1]
@@ -108,6 +112,7 @@ def drawn_cells(svg: str, family: str, columns: int) -> dict[tuple[int, int], in
     return found
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_heat_map_draws_each_cell_once_in_its_place_and_shade(rows: int, columns: int, seed: int) -> None:
     shade_LE = np.random.default_rng(seed).integers(-1, 5, (rows, columns))
@@ -169,6 +174,7 @@ def test_width_shades_are_distinct_and_rise(count: int) -> None:
     assert 0 <= shades[0] <= shades[-1] < scales.WIDTH_SHADES
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60))
 def test_more_is_never_a_lower_shade(values: list[float]) -> None:
     values_N = np.sort(np.array(values))
@@ -215,6 +221,7 @@ def test_significant(value: float | None, text: str) -> None:
     assert significant(value) == text
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))
 def test_frontier(points: list[tuple[int, int]]) -> None:
     for p, best in zip(points, charts.frontier([(float(x), float(y)) for x, y in points]), strict=True):
@@ -222,6 +229,7 @@ def test_frontier(points: list[tuple[int, int]]) -> None:
         assert best == (not beaten)
 
 
+@settings(deadline=None)
 @given(st.floats(-1e9, 1e9), st.floats(1e-3, 1e9))
 def test_linear_ticks_lie_inside(low: float, width: float) -> None:
     high = low + width
@@ -408,7 +416,7 @@ def test_losses_measured_otherwise_are_not_drawn_together() -> None:
     page = Page(render(subjects))
     assert "odd was measured otherwise" in page.words
     names = re.findall(r'class="nm [a-z]"[^>]*>([^<]*)<', render(subjects))
-    assert names == ["a", "b"]
+    assert names == ["a", "b"] * 4  # bytes against KL, the mean of the tasks, and each of the two tasks
     assert "odd was measured otherwise" not in Page(render(subjects[:2])).words
 
 
@@ -444,7 +452,7 @@ def test_bytes_by_part_add_up(kind: str) -> None:
     assert found.parts[0].role == "routed expert"
     assert sum(found.parts[0].kinds.values()) == found.parts[0].after
     assert {"codes", "scales", "zero points"} <= set(found.parts[0].kinds)
-    for part in found.parts[1:]:
+    for part in (p for p in found.parts[1:] if p.role != "padding"):
         assert part.before == part.after, part  # --other-bits 16 keeps a bf16 source as it is
 
 
@@ -520,6 +528,221 @@ def test_a_uniform_checkpoint_has_no_sensitivity_and_says_so() -> None:
     assert found.senses is None
     assert "--allocate uniform asks for none" in found.missing["sensitivity"].line
     assert "--allocate knapsack" in found.missing["sensitivity"].command
+
+
+def test_losses_of_another_checkpoint_are_said(tmp_path: Path, capsys: Any) -> None:
+    """A folder made anew, or a map swapped, keeps the old measurement beside it."""
+    from mopeq.packed import content_digest
+    from mopeq.verbs.evaluate import evaluate
+
+    out = made.copy(made.packed("olmoe")[0], tmp_path / "out")
+    text = made.tiny.write_text(tmp_path / "text.txt", lines=1)
+    measured = evaluate(out, data=[text], window=64, limit=1)
+    assert measured["digest"] == content_digest(out)
+    assert json.loads((out / ".mopeq" / "eval.json").read_text())["digest"] == content_digest(out)
+    assert not any("another checkpoint" in note for note in reporting.gather(out, "x").notes)
+    other = made.copy(made.packed("olmoe", avg_bits=2)[0], tmp_path / "other")
+    (out / ".mopeq" / "eval.json").rename(other / ".mopeq" / "eval.json")
+    capsys.readouterr()
+    found = reporting.gather(other, "x")
+    (note,) = [note for note in found.notes if "another checkpoint" in note]
+    assert content_digest(out) in note and content_digest(other) in note and note in capsys.readouterr().err
+    assert note in Page(render([found])).words
+
+
+def test_two_checkpoints_are_compared_item_by_item_without_running_again(tmp_path: Path) -> None:
+    from mopeq.verbs.evaluate import evaluate
+
+    folder, text = made.source("olmoe"), made.tiny.write_text(tmp_path / "text.txt", lines=12)
+    outs = [made.copy(made.packed("olmoe", avg_bits=b)[0], tmp_path / f"b{b}") for b in (2, 4)]
+    results = [evaluate(out, against=folder, data=[text], window=32) for out in outs]
+    (found,) = contrasting.contrasts({"two": outs[0], "four": outs[1]})
+    assert (found.name, found.against, found.note) == ("four", "two", "")
+    rows = {what: (less, change) for what, _, less, change in found.rows}
+    assert list(rows) == ["KL", "perplexity"]
+    less, change = rows["KL"]
+    assert less
+    assert change.mean == pytest.approx(results[1]["kl"] - results[0]["kl"], rel=1e-6)
+    assert change.low < change.mean < change.high < 0
+    assert change.n == results[0]["rows"]
+    assert rows["perplexity"][1].mean == pytest.approx(results[1]["ppl"] / results[0]["ppl"] - 1, rel=1e-6)
+    reporting.write(outs, tmp_path / "r.html")
+    words = Page((tmp_path / "r.html").read_text()).words
+    assert "b4 against b2, item by item" in words and "better" in words
+    evaluate(outs[1], against=folder, data=[text], window=16)  # now other windows
+    (found,) = contrasting.contrasts({"two": outs[0], "four": outs[1]})
+    assert found.rows == () and "not measured on the same items" in found.note
+    (outs[1] / ".mopeq" / "eval_items.json").write_text('{"digest": "another"}')
+    assert contrasting.contrasts({"two": outs[0], "four": outs[1]}) == []
+    assert contrasting.contrasts({"two": outs[0]}) == [] == contrasting.contrasts({})
+
+
+def test_tasks_are_compared_only_over_the_same_items() -> None:
+    def kept(scores: list[float], first: int = 0) -> dict[str, Any]:
+        answers = [{"task": "chart", "index": str(first + n), "source": "t:1"} for n in range(len(scores))]
+        return {"rows": [], "answers": answers, "units": {"chart": scores}}
+
+    a, b = kept([1.0, 0.0, 0.0, 1.0, 0.0]), kept([1.0, 1.0, 0.0, 1.0, 1.0])
+    ((what, unit, less, change),) = contrasting.task_changes(b, a)
+    assert (what, unit, less, change.mean, change.n) == ("chart", "score", False, pytest.approx(0.4), 5)
+    assert change.low <= 0.4 <= change.high
+    assert list(contrasting.task_changes(b, kept([1.0] * 5, first=3))) == []
+    assert list(contrasting.task_changes(b, kept([1.0] * 4))) == []
+    with pytest.raises(BadInput, match="cannot be read"):
+        contrasting.contrast("b", {"rows": [{}]}, "a", {"rows": [{}]})
+
+
+def test_bytes_are_drawn_against_every_task_with_baselines_marked() -> None:
+    def told(low: float, high: float) -> Any:
+        tasks = {"chart": {"score": low, "n": 40, "ci95": [low - 0.1, low + 0.1], "original": 0.9}}
+        return read_evaluation(sample.evaluation() | {"tasks": tasks | {"yesno": {"score": high, "n": 10}}})
+
+    subjects = [
+        sample.subject("flat2", uniform=True, evaluation=told(0.3, 0.6)),
+        sample.subject("mixed", seed=1, evaluation=told(0.7, 0.5)),
+        sample.subject("flat3", seed=2, uniform=True, evaluation=told(0.6, 0.9)),
+    ]
+    page = render(subjects)
+    charts_ = re.findall(r'<svg class="scatter".*?</svg>', page, re.DOTALL)
+    assert len(charts_) == 1 + 1 + 2  # KL, the mean, each task
+    assert [len(re.findall(r'<rect class="dot', c)) for c in charts_] == [2, 2, 2, 2]  # squares
+    filled = [re.findall(r'<(rect|circle) class="dot" [^>]*/?>(?:</rect>)?<text[^>]*>([^<]*)<', c) for c in charts_]
+    assert [[name for _, name in row] for row in filled[2:]] == [["flat2", "mixed"], ["flat2", "flat3"]]
+    assert "original" in charts_[2] and "original" not in charts_[3]
+    assert 'class="flat"' in charts_[0] and "Squares are checkpoints of one width" in page
+    assert "Squares" not in render([sample.subject("a"), sample.subject("b", seed=1)])
+
+
+# ---------------------------------------------------------------------------------- sensitivity against frequency
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=3, max_size=30), st.integers(0, 2**32 - 1))
+def test_rank_correlation_is_spearmans(values: list[int], seed: int) -> None:
+    a, b = np.array(values, dtype=float), np.random.default_rng(seed).integers(0, 6, len(values)).astype(float)
+    found = rank_correlation(a, b)
+    if len(set(values)) == 1 or len(set(b.tolist())) == 1:
+        assert np.isnan(found)
+    else:
+        assert found == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+    assert rank_correlation(np.append(a, np.nan), np.append(b, 3.0)) == pytest.approx(found, nan_ok=True)
+
+
+def test_the_hybrid_of_the_study_is_the_sensors() -> None:
+    from mopeq.sense.hybrid import minmax
+
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, 8)), rng.integers(0, 90, (3, 8)).astype(float)
+    wanted = [x * y for x, y in zip(minmax(list(a), "model"), minmax(list(b), "model"), strict=True)]
+    assert np.array_equal(minmax_product(a, b), np.array(wanted))
+
+
+def test_sensitivity_against_frequency_and_measured_losses(tmp_path: Path) -> None:
+    """Two methods of one run directory; then the losses of single experts, measured by the benchmark."""
+    import importlib.util
+
+    from made import quantize
+
+    text = made.tiny.write_text(tmp_path / "text.txt", lines=20)
+    shared: dict[str, Any] = {"avg_bits": 2.5, "calib": (text,), "calib_tokens": 256, "run": str(tmp_path / "run")}
+    for method in ("hessian", "fisher"):
+        quantize(made.source("olmoe"), tmp_path / method, sensitivity=method, **shared)
+    found = reporting.gather(tmp_path / "fisher", "x").study
+    assert found and found.measured is None
+    others = {o.name: o for o in found.others}
+    assert set(others) == {"frequency", "hessian", "hybrid"}  # text alone: no apart
+    assert found.value_LE.shape == found.tokens_LE.shape
+    assert others["hessian"].rank_L == tuple(
+        rank_correlation(*pair)
+        for pair in zip(found.value_LE, reporting_grid(tmp_path / "run", "hessian"), strict=True)
+    )
+    assert all(o.changed is not None and 0 <= o.changed <= found.matrices for o in found.others)
+    assert any(o.changed for o in found.others)
+    hessian = reporting.gather(tmp_path / "hessian", "x").study  # counts no tokens itself: fisher's are taken
+    assert hessian
+    assert np.array_equal(hessian.tokens_LE, found.tokens_LE)
+
+    path = SOURCE.parents[1] / "bench" / "one_in.py"
+    spec = importlib.util.spec_from_file_location("one_in", path)
+    assert spec and spec.loader
+    one_in = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(one_in)
+    body = one_in.measure(tmp_path / "fisher", [text], experts=8, limit=2, window=32, seed=0, on="cpu")
+    assert len(body["rows"]) == len({(r["layer"], r["expert"]) for r in body["rows"]}) >= 6
+    assert all(r["kl"] > 0 for r in body["rows"])
+    (tmp_path / "fisher" / ".mopeq" / "one_in.json").write_bytes(json_bytes(body))
+    subject = reporting.gather(tmp_path / "fisher", "x")
+    assert subject.study and subject.study.measured == (len(body["rows"]), "2g64a")
+    assert subject.study.own is not None
+    page = render([subject])
+    assert (Page(page).open, Page(page).astray) == ([], [])
+    assert "storing one expert alone at 2g64a" in page
+    assert set(data_of(page)["checkpoints"][0]["study"]) == set(others)
+    (tmp_path / "fisher" / ".mopeq" / "one_in.json").write_text('{"rows": [{}]}')
+    with pytest.raises(BadInput, match="one_in.json cannot be read"):
+        reporting.gather(tmp_path / "fisher", "x")
+
+
+def reporting_grid(run: Path, method: str) -> np.ndarray:
+    """[L, E] of a saved method's scores, summed over projections, by a loop."""
+    s = next(s for s in reporting.saved_sensitivities(run) if s.method == method)
+    assert s.score_I is not None
+    layers = sorted({i.layer for i in s.linears})
+    grid_LE = np.zeros((len(layers), 1 + max(i.expert for i in s.linears)))
+    for linear, score in zip(s.linears, s.score_I, strict=True):
+        grid_LE[layers.index(linear.layer), linear.expert] += score
+    return grid_LE
+
+
+def test_a_report_says_no_path_of_the_source(tmp_path: Path, monkeypatch: Any) -> None:
+    out, _ = made.packed("olmoe")
+    folder = made.source("olmoe")
+    monkeypatch.chdir(folder.parent)
+    found = reporting.gather(out, "x")
+    assert found.source == folder.name and f"quantize {folder.name} " in found.command
+    assert str(folder) not in render([replace(found, command="", missing={})])
+    for told, shown in (("/a/b/model", "b/model"), ("org/name", "org/name"), ("/model", "/model"), ("x/y/z", "x/y/z")):
+        assert dict(read_evaluation({"against": told}).setting)["against"] == shown
+
+
+def test_other_budgets_are_solved_from_what_the_allocator_sees(tmp_path: Path) -> None:
+    """Costs to the last bit, and all the bytes there are."""
+    from mopeq.stages import item_costs
+    from mopeq.verbs.map import job_of, run_of, saved_sensitivity
+
+    for options in ({"per": "projection"}, {"per": "expert", "other_bits": 8}):
+        out, facts = made.packed("qwen3_vl_moe", avg_bits=2.5, **options)
+        found = reporting.gather(out, "x")
+        assert found.explorer
+        run = json.loads((out / "mopeq_run.json").read_text())
+        job = job_of(run, None, None)
+        sensitivity = saved_sensitivity(run_of(out, run), run, job)
+        assert sensitivity
+        data = data_of(render([found]))["checkpoints"][0]["explorer"]
+        kind = {"float32": "<f4", "float64": "<f8"}[data["costs"]["type"]]
+        costs = np.frombuffer(base64.b64decode(data["costs"]["data"]), kind).astype(np.float64)
+        assert np.array_equal(costs, item_costs(job.problem, sensitivity).ravel())
+        assert sum(n for _, n in data["other"]) == job.fixed
+        assert data["start"] == facts["bytes_weights"]
+        assert found.explorer.panels == (("gate", "up", "down") if options["per"] == "projection" else (ALL,))
+
+
+def test_why_no_other_budget_can_be_tried_is_said(tmp_path: Path) -> None:
+    out, _ = made.packed("olmoe", avg_bits=2.5)
+    assert reporting.gather(out, "x").explorer
+    moved = made.copy(out, tmp_path / "out")
+    run = json.loads((moved / "mopeq_run.json").read_text())
+    (moved / "mopeq_run.json").write_bytes(json_bytes(run | {"source": str(tmp_path / "gone")}))
+    write_manifest(moved)
+    found = reporting.gather(moved, "x")
+    assert found.explorer is None
+    assert "the source is no longer where it was" in found.missing["explorer"].line
+    page = render([found])
+    assert "Other budgets cannot be tried here" in page
+    assert "MopeqSolver" not in page
+    assert "MopeqSolver" in render([reporting.gather(out, "x")])
+    for options in ({"allocate": "uniform", "avg_bits": 3}, {"allocate": "kmeans"}):
+        assert reporting.gather(made.packed("olmoe", **options)[0], "x").explorer is None
 
 
 def test_a_lost_run_directory_is_said(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mopeq.alloc.hull import Floats, Ints
-from mopeq.alloc.knapsack import solve, solve_code
-from mopeq.alloc.reach import largest_code_total, largest_total
+from mopeq.alloc.knapsack import solve
+from mopeq.alloc.reach import largest_total
 from mopeq.errors import BadInput
 
 
@@ -17,21 +17,17 @@ def uniform(items: int, column: int) -> Ints:
     return np.full(items, column, dtype=np.int64)
 
 
-def random_mix(
-    weight_IF: Ints, total: int, seed: int, bytes_IF: Ints | None = None, bytes_total: int | None = None
-) -> Ints:
+def random_mix(weight_IF: Ints, total: int, seed: int) -> Ints:
     """Every item in the lower format and seeded random upgrades to the next, meeting `total` exactly.
 
     Lower is the format in which all items together weigh at most `total`, next the one after it by weight. Each item
     draws u in [0, 1); its upgrade costs u times its added weight, so upgrades come in the order of u whatever the
     shapes, and the exact solver picks those that meet the total. Where the two formats cannot, the others are let in
     for more per weight than the upgrades that are bought anyway, so that few items take them.
-    `bytes_IF` and `bytes_total` as in `solve_code`, the weights then being code bits.
     """
-    extra_IF = np.zeros_like(weight_IF) if bytes_IF is None else bytes_IF
-    order = np.lexsort((extra_IF.sum(0), weight_IF.sum(0)))
+    order = np.argsort(weight_IF.sum(0), kind="stable")
     sums = weight_IF.sum(0)[order]
-    order = order[np.diff(sums, prepend=-1) != 0]  # of formats of equal weight, the one of fewest bytes
+    order = order[np.diff(sums, prepend=-1) != 0]  # of formats of equal weight, the first
     at = max(0, int(np.searchsorted(weight_IF.sum(0)[order], total, side="right")) - 1)
     pair = order[at : at + 2]
     draw = np.random.RandomState(seed)  # its stream is promised never to change
@@ -39,22 +35,10 @@ def random_mix(
     distance_IF = np.abs(weight_IF - weight_IF[:, pair[:1]])
     bought = (total - int(weight_IF[:, pair[0]].sum())) / max(1, int(distance_IF[:, pair[-1]].sum()))
     cost_IF = (min(max(bought, 0.0), 1.0) + u_IF) * distance_IF
-    if _meets(weight_IF[:, pair], total, None if bytes_IF is None else bytes_IF[:, pair], bytes_total):
+    if largest_total(weight_IF[:, pair], total) == total:
         cost_IF[:] = np.inf
     cost_IF[:, pair] = u_I[:, None] * distance_IF[:, pair]
-    if bytes_IF is None:
-        return solve(cost_IF, weight_IF, total).choice_I
-    return solve_code(cost_IF, weight_IF, bytes_IF, total, bytes_total).choice_I
-
-
-def _meets(weight_IF: Ints, total: int, bytes_IF: Ints | None, bytes_total: int | None) -> bool:
-    """Whether these formats alone reach the total (and with it the bytes)."""
-    if int(weight_IF.min(1).sum()) > total:
-        return False
-    if bytes_IF is None:
-        return largest_total(weight_IF, total) == total
-    code, least = largest_code_total(weight_IF, bytes_IF, total)
-    return code == total and bytes_total in (None, least)
+    return solve(cost_IF, weight_IF, total).choice_I
 
 
 def costs_from_scores(score_I: Floats, bits_F: Sequence[int]) -> Floats:

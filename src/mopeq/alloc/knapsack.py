@@ -6,8 +6,8 @@ The total comes from `reach.py`. Weights are measured above each item's least, i
 divisor: for widths 2, 3, 4 of one shape they are 0, 1 and 2, and `core.py` needs hardly more than a sort. Nothing is
 assumed of the costs: they need not be convex, nor fall with the width, nor be positive; +inf forbids a format.
 
-`solve_code` has two levels (`--avg-bits`): weights are code bits, and among choices of exactly that many code bits
-those of fewest bytes come first; cost decides among these.
+`solve_code` has two levels: weights are code bits, and among choices of exactly that many code bits those of fewest
+bytes come first; cost decides among these.
 
 Where shapes differ oddly (2967 units a bit for one projection, 2968 for another), the exact total dictates how many
 units go to which shape, far from where the costs alone would put them. Then `split.py` decides first how the total is
@@ -40,8 +40,8 @@ class Solution:
     gap: float  # 0.0: optimal
 
 
-def solve(cost_IF: Floats, weight_IF: Ints, total: int) -> Solution:
-    """The cheapest choice of one format an item with summed weight `total`.
+def solve(cost_IF: Floats, weight_IF: Ints, total: int, slack: int = 0) -> Solution:
+    """The cheapest choice of one format an item with summed weight `total`, or up to `slack` less than a reachable one.
 
     cost_IF [items, formats], +inf where a format is forbidden; weight_IF int64 of the same shape, >= 0.
     Of several optimal choices the same one is returned on every machine: of equal bargains the item of lower index gets
@@ -49,25 +49,34 @@ def solve(cost_IF: Floats, weight_IF: Ints, total: int) -> Solution:
     Raises BadInput: NaN or -inf costs, an item with every format forbidden, a total that no choice meets, and shapes so
     odd that the exact search would not end in reasonable time.
     """
+    if slack and cost_IF.ndim == 2 and cost_IF.shape[1] > 1:
+        unspent_XF = _unspent(weight_IF, slack)
+        cost_IF = np.concatenate([cost_IF, np.zeros(unspent_XF.shape)])
+        found = _solve(cost_IF, np.concatenate([weight_IF, unspent_XF]), None, total)
+        return Solution(found.choice_I[: len(weight_IF)], found.cost, found.gap)
     return _solve(cost_IF, weight_IF, None, total)
 
 
-def solve_code(
-    cost_IF: Floats, code_IF: Ints, bytes_IF: Ints, code_total: int, bytes_total: int | None = None
-) -> Solution:
-    """The cheapest choice among those of fewest bytes among those of exactly `code_total` code bits.
+def _unspent(weight_IF: Ints, slack: int) -> Ints:
+    """Items without cost whose weights make up any multiple of the weights' unit up to `slack`: what is left over."""
+    formats = weight_IF.shape[1]
+    unit = int(np.gcd.reduce(weight_IF - weight_IF.min(1, keepdims=True), axis=None)) or 1
+    left, size, rows = slack // unit, 1, []
+    while left > 0:  # of 0, size, 2 size, ...: all below `size` are made up already
+        step = min(size, -(-left // (formats - 1)))
+        row = [min(step * f, left) for f in range(formats)]
+        rows.append(row)
+        left -= row[-1]
+        size += row[-1]
+    return unit * np.array(rows, dtype=np.int64).reshape(-1, formats)
 
-    `bytes_total` is what `largest_code_total` promised: where forbidden formats break the promise, BadInput.
-    Otherwise as `solve`.
+
+def solve_code(cost_IF: Floats, code_IF: Ints, bytes_IF: Ints, code_total: int) -> Solution:
+    """The cheapest choice among those of fewest bytes among those of exactly `code_total` code bits; else as `solve`.
+
+    With negated bytes: among those of most bytes (which is how `reach.py` counts them, exactly).
     """
-    solution = _solve(cost_IF, code_IF, bytes_IF, code_total)
-    least = int(bytes_IF[np.arange(len(bytes_IF)), solution.choice_I].sum())
-    if bytes_total is not None and least != bytes_total:
-        raise BadInput(
-            f"at {code_total} code bits the allowed formats take at least {least} bytes, not {bytes_total}",
-            "allow another width with --bits",
-        )
-    return solution
+    return _solve(cost_IF, code_IF, bytes_IF, code_total)
 
 
 def _solve(cost_IF: Floats, weight_IF: Ints, bytes_IF: Ints | None, total: int) -> Solution:

@@ -49,7 +49,7 @@ def largest_total(weight_IF: Ints, limit: int) -> int | None:
 
 
 def largest_code_total(code_IF: Ints, bytes_IF: Ints, code_limit: int) -> tuple[int, int]:
-    """The largest reachable total of code bits within the limit, and the fewest bytes that choices of it take.
+    """The largest reachable total of code bits within the limit, and the most bytes that choices of it take.
 
     Raises BadInput where even the narrowest formats exceed the limit, and as `largest_total` does.
     """
@@ -62,7 +62,7 @@ def largest_code_total(code_IF: Ints, bytes_IF: Ints, code_limit: int) -> tuple[
             f"{code_limit} code bits cannot hold the experts: the narrowest formats take {least}",
             "raise --avg-bits, or add a narrower width to --bits",
         )
-    choice_I = solve_code(np.zeros(code_IF.shape), code_IF, bytes_IF, code_total).choice_I
+    choice_I = solve_code(np.zeros(code_IF.shape), code_IF, -bytes_IF, code_total).choice_I
     return code_total, int(bytes_IF[np.arange(len(choice_I)), choice_I].sum())
 
 

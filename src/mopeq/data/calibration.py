@@ -18,8 +18,8 @@ from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item, builtin, read
 from mopeq.errors import BadInput
 
-WINDOW = 512  # tokens of joined text shown at a time
-ROWS = 4  # windows in a batch
+WINDOW = 256  # tokens of joined text shown at a time: few, as no model was trained on less than it is shown here
+ROWS = 8  # windows in a batch
 PICTURES = 512  # drawn questions at hand where the built-in set is used for a vision-language model
 
 

@@ -10,6 +10,7 @@ What is left out: which expert did it. That is `sense`'s business.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mopeq.data.encode import Batch, model_inputs
 from mopeq.errors import MopeqError
+from mopeq.evaluate.paired import mean_of
 
 Logits = Callable[[Batch], Tensor]
 CHUNK_ELEMENTS = 2**23  # logits turned to float32 at a time: 32 MiB, a few such temporaries live at once
@@ -33,7 +35,8 @@ class Part:
     kl_ci95: normal interval of the mean over rows (windows, items), weighted by their positions, since positions of
       one row are not independent; None with fewer than two rows.
     ppl: of the packed model, next tokens inside their row; ppl_against: of the original
-    top1_agreement: share of positions where both models' first choice is the same
+    ppl_change: ppl / ppl_against - 1, with its 95 % interval from a paired bootstrap over rows
+    top1_agreement: share of positions where both models' first choice is the same, with such an interval
     tokens: positions counted; predicted: next tokens in ppl; rows: windows or items
     """
 
@@ -44,18 +47,40 @@ class Part:
     kl_ci95: tuple[float, float] | None
     ppl: float | None
     ppl_against: float | None
+    ppl_change: float | None
+    ppl_change_ci95: tuple[float, float] | None
     top1_agreement: float | None
+    top1_ci95: tuple[float, float] | None
     tokens: int
     predicted: int
     rows: int
 
 
 @dataclass(frozen=True)
+class Row:
+    """One window's or item's sums, kept so that two checkpoints are compared without running again.
+
+    id: a digest of its tokens. kl, nll (next tokens' loss), nll_against, same (first choices): sums over `tokens` or
+    `predicted` positions; 0 where there was no original.
+    """
+
+    id: str
+    modality: str
+    tokens: int
+    predicted: int
+    kl: float
+    nll: float
+    nll_against: float
+    same: int
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """The whole, and its parts by modality: "text" and "image" (absent where there was none)."""
+    """The whole, its parts by modality: "text" and "image" (absent where there was none), and each row apart."""
 
     all: Part
     by_modality: dict[str, Part]
+    rows: list[Row]
 
     def __getattr__(self, name: str) -> Any:
         """`comparison.kl` is `comparison.all.kl`."""
@@ -69,16 +94,10 @@ class Comparison:
 
 @dataclass
 class _Sums:
-    """Running sums of one modality; KL is kept per position as 4 bytes, for the quantiles."""
+    """One modality's rows; KL is kept per position as 4 bytes, for the quantiles."""
 
     kl: list[Tensor] = field(default_factory=list)
-    row_sums: list[tuple[float, int]] = field(default_factory=list)  # KL of a row's positions, and how many
-    nll: float = 0.0
-    nll_against: float = 0.0
-    same: int = 0
-    tokens: int = 0
-    predicted: int = 0
-    rows: int = 0
+    rows: list[Row] = field(default_factory=list)
 
 
 def compare(batches: Iterable[Batch], original: Logits | None, packed: Logits, chunk: int | None = None) -> Comparison:
@@ -101,7 +120,8 @@ def compare(batches: Iterable[Batch], original: Logits | None, packed: Logits, c
     parts = {name: _part([one], original is not None) for name, one in sums.items() if one.rows}
     if not parts:
         raise MopeqError("no position to measure: the data holds no text and no answers", "give more data")
-    return Comparison(_part(list(sums.values()), original is not None), parts)
+    rows = [row for one in sums.values() for row in one.rows]
+    return Comparison(_part(list(sums.values()), original is not None), parts, rows)
 
 
 def _add_row(
@@ -114,23 +134,24 @@ def _add_row(
     target_T = torch.cat([ids_T[1:], ids_T[:1]])  # the last has none; predicts_T is False there
     step = chunk or max(1, CHUNK_ELEMENTS // ours_TV.shape[-1])
     kls: list[Tensor] = []
+    nll = nll_against = 0.0
+    same = predicted = 0
     for at_T in counted_T.nonzero()[:, 0].split(step):
         q_TV = _log_probabilities(ours_TV, at_T, "packed")
         predicts = predicts_T[at_T]
-        into.nll += _nll(q_TV, target_T[at_T], predicts)
-        into.predicted += int(predicts.sum())
+        nll += _nll(q_TV, target_T[at_T], predicts)
+        predicted += int(predicts.sum())
         if theirs_TV is None:
             continue
         p_TV = _log_probabilities(theirs_TV, at_T, "original")
-        into.nll_against += _nll(p_TV, target_T[at_T], predicts)
-        into.same += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
+        nll_against += _nll(p_TV, target_T[at_T], predicts)
+        same += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
         kls.append(_kl(p_TV, q_TV))
-    into.tokens += int(counted_T.sum())
-    into.rows += 1
-    if kls:
-        kl_T = torch.cat(kls)
-        into.kl.append(kl_T.float())
-        into.row_sums.append((float(kl_T.sum()), len(kl_T)))
+    kl_T = torch.cat(kls) if kls else torch.zeros(0, dtype=torch.float64)
+    into.kl.append(kl_T.float())
+    name = hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()[:16]
+    tokens, kl = int(counted_T.sum()), float(kl_T.sum())
+    into.rows.append(Row(name, modality, tokens, predicted, kl, nll, nll_against, same))
 
 
 def _positions(batch: Batch, row: int) -> tuple[Tensor, Tensor, str]:
@@ -176,24 +197,38 @@ def _nll(logp_TV: Tensor, target_T: Tensor, predicts_T: Tensor) -> float:
 
 
 def _part(sums: list[_Sums], against: bool) -> Part:
-    kl_T = torch.cat([kl for one in sums for kl in one.kl]) if against else torch.empty(0)
-    row_sums = [pair for one in sums for pair in one.row_sums]
-    tokens, predicted = sum(one.tokens for one in sums), sum(one.predicted for one in sums)
-    mean = math.fsum(total for total, _ in row_sums) / tokens if against else None
+    kl_T = torch.cat([kl for one in sums for kl in one.kl])
+    rows = [row for one in sums for row in one.rows]
+    tokens, predicted = sum(row.tokens for row in rows), sum(row.predicted for row in rows)
+    mean = math.fsum(row.kl for row in rows) / tokens if against else None
     ordered = kl_T.sort().values
+    longer = mean_of([r.nll - r.nll_against for r in rows], [r.predicted for r in rows]) if against else None
+    alike = mean_of([row.same for row in rows], [row.tokens for row in rows]) if against else None
     return Part(
         kl=mean,
         kl_median=_quantile(ordered, 0.5) if against else None,
         kl_p99=_quantile(ordered, 0.99) if against else None,
         kl_max=_quantile(ordered, 1.0) if against else None,
-        kl_ci95=_interval(row_sums, mean) if mean is not None else None,
-        ppl=_perplexity(sum(one.nll for one in sums), predicted),
-        ppl_against=_perplexity(sum(one.nll_against for one in sums), predicted) if against else None,
-        top1_agreement=sum(one.same for one in sums) / tokens if against else None,
+        kl_ci95=_interval([(row.kl, row.tokens) for row in rows], mean) if mean is not None else None,
+        ppl=_perplexity(math.fsum(row.nll for row in rows), predicted),
+        ppl_against=_perplexity(math.fsum(row.nll_against for row in rows), predicted) if against else None,
+        ppl_change=None if longer is None else _expm1(longer["mean"]),
+        ppl_change_ci95=_pair(longer, _expm1),
+        top1_agreement=sum(row.same for row in rows) / tokens if against else None,
+        top1_ci95=_pair(alike, float),
         tokens=tokens,
         predicted=predicted,
-        rows=sum(one.rows for one in sums),
+        rows=len(rows),
     )
+
+
+def _pair(found: dict[str, Any] | None, turned: Callable[[float], float]) -> tuple[float, float] | None:
+    """The interval's ends, each turned."""
+    return None if found is None or found["ci95"] is None else (turned(found["ci95"][0]), turned(found["ci95"][1]))
+
+
+def _expm1(x: float) -> float:
+    return math.expm1(x) if x < 700 else math.inf
 
 
 def _perplexity(nll: float, predicted: int) -> float | None:

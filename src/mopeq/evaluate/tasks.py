@@ -17,6 +17,7 @@ from mopeq.data.readers import Item
 from mopeq.errors import BadInput
 from mopeq.evaluate import METRICS
 from mopeq.evaluate.metrics import Scored, as_the_kit_loads
+from mopeq.evaluate.paired import mean_of
 from mopeq.evaluate.text import KIT, RULES
 from mopeq.tables import pick
 
@@ -26,11 +27,19 @@ CATEGORIES = ((r"yesno(-.*)?", "yesno"), (r"document", "anls"), (r"chart", "rela
 
 
 def run_tasks(
-    items: Sequence[Item], answer: Answer, rules: str = KIT, records: list[dict] | None = None
+    items: Sequence[Item],
+    answer: Answer,
+    rules: str = KIT,
+    records: list[dict] | None = None,
+    original: Answer | None = None,
+    units: dict[str, list[float]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """{task: {metric: value, "score", "n", "ci95": [low, high]}}, in the order of the items.
 
     answer: items -> what the model says to each; called once, with every item that has a right answer
+    original: the same of the original model; then "original" (its score), "change" (of the score, with its paired
+      interval, see paired.py) and "agreement" (share of items answered in the same words) are added
+    units: for each task what its score is a mean of, to be compared with another checkpoint's
     rules: for VLMEvalKit's benchmarks, "paper" or "vlmeval-0.0.20" (metrics.py tells the difference)
     records: one dict an item is appended: task, index, source, prediction, answer, score
     `score` is the mean of the items' scores, 0 to 1, and ci95 its 95 % interval (Wilson's where scores are 0 or 1);
@@ -41,16 +50,43 @@ def run_tasks(
     asked = [item for item in items if item.messages is not None and item.answer is not None]
     if not asked:
         raise BadInput("no item has a question and its answer", "tasks need data with answers, such as a TSV")
-    said = answer(asked)
+    said, theirs = answer(asked), None if original is None else original(asked)
     assert len(said) == len(asked), f"{len(said)} answers to {len(asked)} items"
     tasks = {}
     for name, places in task_places(asked).items():
         group, texts = [asked[place] for place in places], [said[place] for place in places]
         scored = score(texts, group, rules)
         tasks[name] = scored.table | summary(scored)
+        found = [_record(name, *row) for row in zip(group, texts, scored.score_of, strict=True)]
+        if theirs is not None:
+            others = [theirs[place] for place in places]
+            tasks[name] |= against(scored, score(others, group, rules), texts, others)
+            found = [row | {"original": other} for row, other in zip(found, others, strict=True)]
         if records is not None:
-            records += [_record(name, *row) for row in zip(group, texts, scored.score_of, strict=True)]
+            records += found
+        if units is not None:
+            units[name] = units_of(scored)
     return tasks
+
+
+def against(scored: Scored, other: Scored, texts: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+    """The original's score, the change of the score from it, and how often both say the same."""
+    ours, theirs = units_of(scored), units_of(other)
+    change = mean_of([a - b for a, b in zip(ours, theirs, strict=True)])
+    same = [a == b for a, b in zip(texts, others, strict=True)]
+    return {"original": math.fsum(theirs) / len(theirs), "change": change, "agreement": sum(same) / len(same)}
+
+
+def agreement(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{"all", "text", "image": {"agreement", "ci95", "n"}}: the share of items both models answer in the same words;
+    empty where the original's answers are not known."""
+    found = {}
+    for name in ("all", "text", "image"):
+        rows = [row for row in records if "original" in row and name in ("all", row["modality"])]
+        if rows:
+            same = [float(row["prediction"] == row["original"]) for row in rows]
+            found[name] = {"agreement": math.fsum(same) / len(same), "ci95": interval(same), "n": len(same)}
+    return found
 
 
 def task_places(items: Sequence[Item]) -> dict[str, list[int]]:
@@ -85,9 +121,13 @@ def metric_of(items: Sequence[Item]) -> str:
 
 def summary(scored: Scored) -> dict[str, Any]:
     """score, n and ci95 of what the score is a mean of."""
-    units = scored.score_of if scored.units is None else scored.units
+    units = units_of(scored)
     mean = math.fsum(units) / len(units)
     return {"score": mean, "n": len(units), "ci95": interval(units)}
+
+
+def units_of(scored: Scored) -> list[float]:
+    return scored.score_of if scored.units is None else scored.units
 
 
 def interval(units: Sequence[float]) -> list[float]:
@@ -113,5 +153,6 @@ def _category(item: Item) -> str:
 
 def _record(task: str, item: Item, prediction: str, value: float) -> dict[str, Any]:
     answer = item.meta.get("answer", item.answer)
-    record = {"task": task, "index": item.meta.get("index"), "source": item.source}
+    modality = "image" if item.images else "text"
+    record = {"task": task, "index": item.meta.get("index"), "source": item.source, "modality": modality}
     return record | {"prediction": prediction, "answer": answer, "score": value}

@@ -10,24 +10,23 @@ from mopeq.checkpoint import Checkpoint
 from mopeq.errors import BadInput
 from mopeq.families import FAMILIES, WHERE_TO_ADD, Family
 from mopeq.nouns import FLOATS, PROJECTIONS, MoELayer, MoESpec, Place, TensorInfo
+from mopeq.sources import unpacked
 
-EACH_NAME = re.compile(
-    r"(?P<prefix>.*\bexperts)\.(?P<e>\d{1,9})\.(?P<p>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<what>weight|bias)"
-)
-PROJECTION_OF = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def read_spec(checkpoint: Checkpoint) -> MoESpec:
     """What the headers of a checkpoint tell. BadInput for a dense, unknown, pre-quantized or incomplete one."""
-    config = checkpoint.config
+    config, tensors = unpacked(checkpoint.config, checkpoint.tensors)
     refuse_quantized(config)
-    model_type, family = find_family(config, checkpoint.tensors)
-    tensors = dict(checkpoint.tensors)
+    model_type, family = find_family(config, tensors)
     if tied(config) and any(name.endswith("embed_tokens.weight") for name in tensors):
         # a copy of the tied matrix is no second matrix
         tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
-    layers = per_expert_layers(tensors) if family.per_expert else stacked_layers(tensors, family, hidden_size(config))
+    if family.per_expert:
+        layers = per_expert_layers(tensors, family, zero_experts(config, family))
+    else:
+        layers = stacked_layers(tensors, family, config)
     if not layers:
         raise BadInput(
             f"no routed expert found: {model_type} checkpoints should hold them as {described(family)}",
@@ -61,7 +60,8 @@ def find_family(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     for name in (*names, *(n.removesuffix("_text") for n in names)):
         if name in FAMILIES:
             return name, FAMILIES[name]
-    if not any("expert" in name for name in tensors):
+    counts = any(count > 1 for _, count in expert_counts(config))
+    if not counts and not any("expert" in name for name in tensors):
         raise BadInput(
             f"{model_type} is a dense model: no tensor of it belongs to a routed expert",
             "mopeq is for Mixture-of-Experts models; a uniform quantizer serves a dense one",
@@ -79,38 +79,68 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 def described(family: Family) -> str:
     if family.per_expert:
-        return "…experts.<e>.{gate,up,down}_proj.weight or w1, w3, w2"
+        return f"…experts.{family.numbered.format(e='<e>')}.<{', '.join(family.names)}>.weight"
     return f"…{family.block}.{family.gate_up} and …{family.block}.{family.down}"
+
+
+def zero_experts(config: Mapping[str, Any], family: Family) -> int:
+    """How many of a layer's experts have no weights that count, and stand last."""
+    found = config.get(family.zero_experts) if family.zero_experts else 0
+    return found if type(found) is int else 0
 
 
 # ------------------------------------------------------------------------------- one tensor per expert
 
 
-def per_expert_layers(tensors: Mapping[str, TensorInfo]) -> tuple[MoELayer, ...]:
+def each_name(family: Family) -> re.Pattern[str]:
+    """What the name of one expert's tensor looks like."""
+    number = re.escape(family.numbered.format(e="EXPERT")).replace("EXPERT", r"(?P<e>\d{1,9})")
+    words = "|".join(map(re.escape, family.names))
+    return re.compile(rf"(?P<prefix>.*\bexperts)\.{number}\.(?P<p>{words})\.(?P<what>weight|bias)")
+
+
+def per_expert_layers(tensors: Mapping[str, TensorInfo], family: Family, zero: int = 0) -> tuple[MoELayer, ...]:
     """Layers of checkpoints where every expert's projections are tensors of their own."""
     found: dict[str, dict[tuple[str, str], dict[int, TensorInfo]]] = {}
     words: dict[tuple[str, str], str] = {}
+    pattern = each_name(family)
     for name, tensor in tensors.items():
-        if match := EACH_NAME.fullmatch(name):
-            projection = PROJECTION_OF[match["p"]]
+        if match := pattern.fullmatch(name):
+            projection = family.names[match["p"]]
             slot = found.setdefault(match["prefix"], {}).setdefault((projection, match["what"]), {})
             slot[int(match["e"])] = tensor
             words[match["prefix"], projection] = match["p"]
+    if zero:
+        for slots in found.values():
+            last = max(slots["down", "weight"], default=0) if ("down", "weight") in slots else 0
+            for kind, slot in slots.items():
+                slots[kind] = {e: t for e, t in slot.items() if e <= last or e > last + zero}
+    groups = {
+        f"{prefix.rpartition('.')[0]}.{module}.experts" if module else prefix: (prefix, i)
+        for prefix in found
+        for i, module in enumerate(family.modules or ("",))
+    }
     layers = []
-    for number, prefix in numbered(found):
-        slots = found[prefix]
-        experts = 1 + max(max(slot) for slot in slots.values())
+    for number, prefix in numbered(groups):
+        on_disk, group = groups[prefix]
+        slots = found[on_disk]
+        every = 1 + max(max(slot, default=0) for slot in slots.values())
+        if every % len(family.modules or ("",)):
+            raise BadInput(f"{on_disk} has {every} experts for {len(family.modules)} modules", "fetch it again")
+        experts = every // len(family.modules or ("",))
+        first = group * experts
         shapes, places, bias_places = {}, {}, {}
         for (projection, what), slot in slots.items():
-            missing = next((e for e in range(experts) if e not in slot), None)  # lazily: a name can claim any number
+            mine = range(first, first + experts)
+            missing = next((e for e in mine if e not in slot), None)  # lazily: a name can claim any number
             if missing is not None:
-                raise BadInput(f"{prefix}.{missing} has no {projection} {what}", "fetch the checkpoint again")
-            first = check_alike(slot.values(), 2 if what == "weight" else 1)
-            name = f"{prefix}.{{e}}.{words[prefix, projection]}.{what}"
+                raise BadInput(f"{on_disk}.{missing} has no {projection} {what}", "fetch the checkpoint again")
+            one = check_alike((slot[e] for e in mine), 2 if what == "weight" else 1)
+            name = f"{on_disk}.{family.numbered}.{words[on_disk, projection]}.{what}"
             if what == "weight":
-                shapes[projection], places[projection] = (first.shape[0], first.shape[1]), Place(name)
+                shapes[projection], places[projection] = (one.shape[0], one.shape[1]), Place(name, first=first)
             else:
-                bias_places[projection] = Place(name)
+                bias_places[projection] = Place(name, first=first)
         layers.append(make_layer(number, prefix, experts, shapes, places, bias_places))
     return tuple(layers)
 
@@ -139,45 +169,73 @@ def hidden_size(config: Mapping[str, Any]) -> int | None:
     return found if type(found) is int else None
 
 
-def stacked_layers(tensors: Mapping[str, TensorInfo], family: Family, hidden: int | None) -> tuple[MoELayer, ...]:
+def stacked_layers(
+    tensors: Mapping[str, TensorInfo], family: Family, config: Mapping[str, Any]
+) -> tuple[MoELayer, ...]:
     """Layers of checkpoints where one tensor holds a projection (or gate and up together) of all experts."""
-    ends = {family.gate_up: "gate_up", "up_proj": "up", family.down: "down"}
+    ends = {family.gate_up: "gate_up", family.gate: "gate", family.up: "up", family.down: "down"}
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in tensors.items():
         stem, _, last = name.removesuffix(".weight").rpartition(".")
         if stem.rpartition(".")[2] == family.block and last.removesuffix("_bias") in ends:
             kind = ends[last.removesuffix("_bias")] + ("_bias" if last.endswith("_bias") else "")
             found.setdefault(stem, {})[kind] = tensor
-    layers = []
-    for number, prefix in numbered(found):
-        slots = found[prefix]
-        top = "gate_up" if "gate_up" in slots else "up"
-        if top not in slots or "down" not in slots:
-            raise BadInput(f"{prefix} lacks {family.gate_up if 'down' in slots else family.down}", "fetch it again")
-        halves = ("even", "odd") if family.interleaved else ("first", "second")
-        parts = {"gate": halves[0], "up": halves[1]} if top == "gate_up" else {"up": "all"}
-        up, down = check_alike([slots[top]], 3), check_alike([slots["down"]], 3)
+    if not family.flat:  # a dense layer's matrices may have the same names
+        found = {stem: slots for stem, slots in found.items() if any(len(t.shape) == 3 for t in slots.values())}
+    stems = {
+        stem if stem.endswith("experts") else f"{stem.removesuffix('.experts.mlp')}.experts": stem for stem in found
+    }
+    return tuple(
+        stacked_layer(number, prefix, found[stems[prefix]], family, config) for number, prefix in numbered(stems)
+    )
+
+
+def stacked_layer(
+    number: int, prefix: str, slots: Mapping[str, TensorInfo], family: Family, config: Mapping[str, Any]
+) -> MoELayer:
+    """One layer from its stacked tensors: {"gate_up", "gate", "up", "down", and each with "_bias": tensor}."""
+    halves = ("even", "odd") if family.interleaved else ("first", "second")
+    if "gate_up" in slots:
+        kinds = {"gate": ("gate_up", halves[0]), "up": ("gate_up", halves[1])}
+    else:
+        kinds = {p: (p, "all") for p in ("gate", "up") if p in slots}
+    if "up" not in kinds or "down" not in slots:
+        raise BadInput(f"{prefix} lacks {family.gate_up if 'down' in slots else family.down}", "fetch it again")
+    kinds["down"] = ("down", "all")
+    shapes, places, bias_places, counts = {}, {}, {}, set()
+    for p, (kind, rows) in kinds.items():
+        tensor = check_alike([slots[kind]], 2 if family.flat else 3)
+        experts, *matrix = flat_shape(tensor, config) if family.flat else tensor.shape
         if family.transposed is None:  # each tensor by itself, as transformers decides when it loads
-            up_transposed, down_transposed = up.shape[2] != hidden, down.shape[1] != hidden
+            transposed = matrix[0 if p == "down" else 1] != hidden_size(config)
         else:
-            up_transposed = down_transposed = family.transposed
-        outs, ins = (up.shape[2], up.shape[1]) if up_transposed else (up.shape[1], up.shape[2])
-        down_shape = (down.shape[2], down.shape[1]) if down_transposed else (down.shape[1], down.shape[2])
-        if down.shape[0] != up.shape[0] or outs % len(parts) or down_shape != (ins, outs // len(parts)):
-            raise BadInput(
-                f"{prefix}: {list(up.shape)} and {list(down.shape)} do not fit together as stacked experts",
-                f"is the layout of this family as its row in {WHERE_TO_ADD} says?",
-            )
-        shapes = {p: (outs // len(parts), ins) for p in parts} | {"down": down_shape}
-        places = {p: Place(up.name, up_transposed, rows) for p, rows in parts.items()}
-        places["down"] = Place(down.name, down_transposed)
-        bias_places = {}
-        if f"{top}_bias" in slots:
-            bias_places = {p: Place(slots[f"{top}_bias"].name, rows=rows) for p, rows in parts.items()}
-        if "down_bias" in slots:
-            bias_places["down"] = Place(slots["down_bias"].name)
-        layers.append(make_layer(number, prefix, up.shape[0], shapes, places, bias_places))
-    return tuple(layers)
+            transposed = family.transposed is True or p in (family.transposed or ())
+        outs, ins = matrix[::-1] if transposed else matrix
+        if rows != "all" and outs % 2:
+            raise BadInput(f"{tensor.name}: {list(tensor.shape)} has no two halves", "the checkpoint is damaged")
+        shapes[p] = (outs if rows == "all" else outs // 2, ins)
+        places[p] = Place(tensor.name, transposed, rows, flat=family.flat)
+        if f"{kind}_bias" in slots:
+            bias_places[p] = Place(slots[f"{kind}_bias"].name, rows=rows)
+        counts.add(experts)
+    if len(counts) > 1 or shapes["down"] != shapes["up"][::-1]:
+        raise BadInput(
+            f"{prefix}: {' and '.join(str(list(slots[kind].shape)) for kind, _ in kinds.values())}"
+            " do not fit together as stacked experts",
+            f"is the layout of this family as its row in {WHERE_TO_ADD} says?",
+        )
+    return make_layer(number, prefix, experts, shapes, places, bias_places)
+
+
+def flat_shape(tensor: TensorInfo, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(experts, rows, columns) of a matrix in which a layer's experts follow one another; the config counts them."""
+    experts = next((count for _, count in expert_counts(config)), 0)
+    if not experts or tensor.shape[0] % experts:
+        raise BadInput(
+            f"{tensor.name}: {tensor.shape[0]} rows do not make {experts} experts",
+            f"config.json should say how many there are, as {' or '.join(EXPERT_COUNT_KEYS)}",
+        )
+    return experts, tensor.shape[0] // experts, tensor.shape[1]
 
 
 # ------------------------------------------------------------------------------------------- both layouts
@@ -221,13 +279,18 @@ def numbered(prefixes: Mapping[str, Any]) -> list[tuple[int, str]]:
 
 def check_expert_count(config: Mapping[str, Any], layers: tuple[MoELayer, ...]) -> None:
     """BadInput where the config promises another number of experts than every layer has."""
-    for scope in (config, *(v for v in config.values() if isinstance(v, dict))):
-        for key in EXPERT_COUNT_KEYS:
-            if type(scope.get(key)) is int and all(layer.experts != scope[key] for layer in layers):
-                raise BadInput(
-                    f"config.json says {key} = {scope[key]}, the tensors hold {layers[0].experts} experts a layer",
-                    "config and weights belong to different checkpoints, or a shard is missing",
-                )
+    for key, count in expert_counts(config):
+        if all(layer.experts != count for layer in layers):
+            raise BadInput(
+                f"config.json says {key} = {count}, the tensors hold {layers[0].experts} experts a layer",
+                "config and weights belong to different checkpoints, or a shard is missing",
+            )
+
+
+def expert_counts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """(key, number) wherever the config, or a config within it, counts experts."""
+    scopes = (config, *(v for v in config.values() if isinstance(v, dict)))
+    return [(key, scope[key]) for scope in scopes for key in EXPERT_COUNT_KEYS if type(scope.get(key)) is int]
 
 
 VISION = re.compile(r"(^|\.)(visual|vision|vision_\w+|vit|image_\w+|\w*projector|view_seperator|audio\w*)(\.|$)")
@@ -237,26 +300,31 @@ EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|lm_head|embed_o
 def roles(tensors: Mapping[str, TensorInfo], layers: tuple[MoELayer, ...]) -> dict[str, str]:
     """Each tensor's role, one of nouns.ROLES, by its name and by the MoE blocks found."""
     routed = {
-        place.tensor.format(e=e)
+        place.name(e)
         for layer in layers
         for place in (*layer.places.values(), *layer.bias_places.values())
         for e in range(layer.experts if place.per_expert else 1)
     }
-    blocks = tuple(layer.prefix.rpartition(".")[0] + "." for layer in layers)
+    places = [place for layer in layers for place in layer.places.values()]
+    blocks = {f"{layer.prefix.rpartition('.')[0]}." for layer in layers}
+    blocks |= {f"{place.tensor.partition('.experts.')[0]}." for place in places if ".experts." in place.tensor}
     counts = {layer.experts for layer in layers}
 
     def role(t: TensorInfo) -> str:
         parts = t.name.split(".")
         if t.name in routed:
             return "routed expert"
-        if VISION.search(t.name):
+        inside = t.name.startswith(tuple(blocks))
+        if VISION.search(t.name) and not inside:
             return "vision tower"
         if any("router" in part or part in ("shared_expert_gate", "e_score_correction_bias") for part in parts):
             return "router"
         if any("shared_expert" in part or "shared_mlp" in part for part in parts):
             return "shared expert"
-        if t.name.startswith(blocks) and ("gate" in parts or (len(t.shape) > 0 and t.shape[0] in counts)):
+        if inside and ("gate" in parts or (len(t.shape) > 0 and t.shape[0] in counts)):
             return "router"
+        if VISION.search(t.name):
+            return "vision tower"
         if EMBEDDING.search(t.name):
             return "embedding"
         return "attention" if any("attn" in part or "attention" in part for part in parts) else "other"

@@ -1,52 +1,41 @@
 """Packed modules: one layer's experts, a linear layer, an embedding. Weights stay packed in memory.
 
-On disk every expert's matrices have names of their own. While a checkpoint is loaded, a `QuantizedExperts` holds one
-holder per matrix, under exactly those names, so any loader of named tensors fills it; `seal` then stacks the experts
-of one width into a tier. scales are kept as int16 bit patterns, because `.to(torch.bfloat16)` would silently cast
+On disk every expert's matrices have names of their own; here the experts of one width are stacked into a tier, which
+`fill` reads row by row into the memory where it stays: a loader that first made all tensors and then stacked them
+would hold every byte twice. Scales are kept as int16 bit patterns, because `.to(torch.bfloat16)` would silently cast
 fp16 ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mopeq.errors import MopeqError
 from mopeq.nouns import PROJECTIONS, Format
-from mopeq.seam import FLAGS
+from mopeq.seam import FLAGS, Adapted, bias, own_weights
 from mopeq.tables import pick
 from mopeq.tensors import QWeight, unpack_bits
 
+if TYPE_CHECKING:
+    from mopeq.kernels.arena import Arena
+
 TORCH = {"U8": torch.uint8, "F16": torch.float16}
+HELD = {"U8": torch.uint8, "F16": torch.int16}  # in a tier; see above
 
 
-class Holder(nn.Module):
-    """The stored tensors of one matrix, as parameters under their on-disk names (qweight, scales, zeros, bias)."""
-
-    def __init__(self, fmt: Format, out_features: int, in_features: int, bias_dtype: torch.dtype | None = None):
-        super().__init__()
-        for suffix, (dtype, shape) in fmt.shapes(out_features, in_features).items():
-            empty = torch.empty(shape, dtype=TORCH[dtype], device="meta")
-            self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
-        if bias_dtype is not None:
-            empty = torch.empty(out_features, dtype=bias_dtype, device="meta")
-            self.register_parameter("bias", nn.Parameter(empty, requires_grad=False))
-
-
-def check_loaded(module: nn.Module, fmt: Format, shape: tuple[int, int], what: str) -> None:
-    """MopeqError unless every stored tensor arrived, in the shape its format says."""
-    for suffix, (dtype, expected) in fmt.shapes(*shape).items():
-        value = getattr(module, suffix)
-        if value.is_meta or tuple(value.shape) != expected or value.dtype != TORCH[dtype]:
-            raise MopeqError(
-                f"{what}: {suffix} came as {value.dtype} {list(value.shape)} on {value.device},"
-                f" not {dtype} {list(expected)}",
-                "the checkpoint is damaged, or this version of transformers loads it differently",
-            )
+def check_stored(value: Tensor, dtype: str, shape: tuple[int, ...], what: str) -> None:
+    """MopeqError unless a stored tensor arrived, in the shape its format says."""
+    if value.is_meta or tuple(value.shape) != shape or value.dtype != TORCH[dtype]:
+        raise MopeqError(
+            f"{what} came as {value.dtype} {list(value.shape)} on {value.device}, not {dtype} {list(shape)}",
+            "the checkpoint is damaged, or this version of transformers loads it differently",
+        )
 
 
 def as_bits(scales: Tensor) -> Tensor:
@@ -78,6 +67,15 @@ class Tier:
         return self.qweight(chosen).dequantize(dtype)
 
 
+def repack(arena: Arena, p: str, fmt: Format, rows: dict[int, int]) -> Tier:
+    """A tier as it was before the arena was made."""
+    stored = [arena.matrices(p, [e])[0].pack() for e in rows]
+    codes, scales = (torch.stack([parts[name] for parts in stored]) for name in ("qweight", "scales"))
+    zeros = torch.stack([parts["zeros"] for parts in stored]) if fmt.scheme == "a" else None
+    lay = arena.layouts[p]
+    return Tier(rows, fmt, (lay.out_features, lay.in_features), codes, as_bits(scales), zeros)
+
+
 class QuantizedExperts(nn.Module):
     """One layer's routed experts in packed form; the drop-in for transformers' experts module.
 
@@ -92,55 +90,63 @@ class QuantizedExperts(nn.Module):
         self.shapes = {p: (shapes[p][0], shapes[p][1]) for p in self.projections}
         self.num_experts = len(self.formats["down"])
         self.config = original.config
-        self.kernel = "torch"
+        self.kernel = "auto"
         for flag in FLAGS:
             setattr(self, flag, getattr(original, flag))
         self.has_post_expert_norm = bool(getattr(original, "has_post_expert_norm", False))
-        biases = dict.fromkeys(self.projections, original.down_proj_bias.dtype) if self.has_bias else {}
-        for name in list(original._parameters):
+        down_bias = bias(original, "down")
+        biases = {} if down_bias is None else dict.fromkeys(self.projections, down_bias.dtype)
+        for name in own_weights(original):
             delattr(original, name)  # what is left are its gate's constants, activation and norms
         self._original = (original,)  # in a tuple: it is asked for its gate, but is no submodule
         for name, child in original.named_children():
             self.add_module(name, child)
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name in getattr(original, "keeps", ()):
+            setattr(self, name, getattr(original, name))
         self._tiers: dict[str, list[tuple[Format, dict[int, int]]]] = {}
-        for e in range(self.num_experts):
-            holders = nn.Module()
-            for p in self.projections:
-                holders.add_module(f"{p}_proj", Holder(self.formats[p][e], *self.shapes[p], biases.get(p)))
-            self.add_module(str(e), holders)
+        for p in self.projections:
+            self._tiers[p] = []
+            for fmt in sorted(set(self.formats[p])):
+                members = [e for e in range(self.num_experts) if self.formats[p][e] == fmt]
+                self._tiers[p].append((fmt, {e: row for row, e in enumerate(members)}))
+                for suffix, (kind, shape) in fmt.shapes(*self.shapes[p]).items():
+                    self.hold(f"{p}_{fmt.name}_{suffix}", (len(members), *shape), HELD[kind])
+            if p in biases:
+                self.hold(f"{p}_bias", (self.num_experts, self.shapes[p][0]), biases[p])
+        self.filled = False
+
+    def hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """A buffer to be filled; what loads the model, or `fill`, gives it memory on its device."""
+        self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"), persistent=False)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self._original[0]._apply_gate(gate_up)
 
-    @property
-    def sealed(self) -> bool:
-        return bool(self._tiers)
-
-    def seal(self) -> None:
-        """Stack the holders' tensors into tiers and drop the holders. Each is freed as it is copied."""
+    def fill(self, read: Callable[[str], Tensor]) -> None:
+        """Take every tensor from `read("<e>.<p>_proj.<suffix>")` into its row of a tier; one is held at a time."""
+        for name, value in list(self.named_buffers(recurse=False)):
+            if value.is_meta:
+                setattr(self, name, torch.empty_like(value, device="cpu"))
         for p in self.projections:
-            holders = [getattr(self.get_submodule(str(e)), f"{p}_proj") for e in range(self.num_experts)]
-            for e, holder in enumerate(holders):
-                check_loaded(holder, self.formats[p][e], self.shapes[p], f"expert {e} {p}")
-            tiers = {}
-            for fmt in sorted(set(self.formats[p])):
-                members = [e for e in range(self.num_experts) if self.formats[p][e] == fmt]
-                tiers[fmt] = {e: row for row, e in enumerate(members)}
-                for suffix in fmt.shapes(*self.shapes[p]):
-                    stacked = torch.stack([getattr(holders[e], suffix).data for e in members])
-                    for e in members:
-                        delattr(holders[e], suffix)
-                    stacked = as_bits(stacked) if suffix == "scales" else stacked
-                    self.register_buffer(f"{p}_{fmt.name}_{suffix}", stacked, persistent=False)
-            if self.has_bias:
-                rows = torch.stack([h.bias.data for h in holders])
-                self.register_buffer(f"{p}_bias", rows, persistent=False)
-            self._tiers[p] = list(tiers.items())
-        for e in range(self.num_experts):
-            delattr(self, str(e))
+            for fmt, rows in self._tiers[p]:
+                for suffix, (kind, shape) in fmt.shapes(*self.shapes[p]).items():
+                    stacked = getattr(self, f"{p}_{fmt.name}_{suffix}")
+                    for e, row in rows.items():
+                        value = read(f"{e}.{p}_proj.{suffix}")
+                        check_stored(value, kind, shape, f"expert {e} {p}: {suffix}")
+                        stacked[row].copy_(as_bits(value) if suffix == "scales" else value)
+            rows_of_bias = self.bias_of(p)
+            if rows_of_bias is not None:
+                for e in range(self.num_experts):
+                    rows_of_bias[e].copy_(read(f"{e}.{p}_proj.bias"))
+        self.filled = True
 
     def tiers(self, p: str) -> list[Tier]:
         """The tiers of one projection, narrowest first."""
+        if "arena_data" in self._buffers:
+            return [repack(self.arena(), p, fmt, rows) for fmt, rows in self._tiers[p]]
         return [
             Tier(
                 rows,
@@ -153,23 +159,63 @@ class QuantizedExperts(nn.Module):
             for fmt, rows in self._tiers[p]
         ]
 
+    def arena(self) -> Arena:
+        """The layer's matrices in the order that GPU kernels read; made of the tiers, which are then let go."""
+        from mopeq.kernels import arena
+
+        if "arena_data" not in self._buffers:
+            made = arena.build(self)
+            for name in self.tier_names():
+                delattr(self, name)
+            self.register_buffer("arena_data", made.data, persistent=False)
+            self.register_buffer("arena_table", made.table, persistent=False)
+        data, table = self.get_buffer("arena_data"), self.get_buffer("arena_table")
+        return arena.Arena(data, table, arena.layouts(self), self.formats)
+
+    def use_tiers(self) -> None:
+        """Undo `arena`: the matrices as they are stored on disk, for kernels that read those."""
+        if "arena_data" in self._buffers:
+            kept = {p: self.tiers(p) for p in self.projections}
+            del self.arena_data, self.arena_table
+            for p, tiers in kept.items():
+                for tier in tiers:
+                    for suffix, value in (("qweight", tier.codes), ("scales", tier.scale_bits), ("zeros", tier.zeros)):
+                        if value is not None:
+                            self.register_buffer(f"{p}_{tier.format.name}_{suffix}", value, persistent=False)
+
+    def tier_names(self) -> list[str]:
+        """The names of the tiers' buffers."""
+        return [
+            f"{p}_{fmt.name}_{suffix}"
+            for p in self.projections
+            for fmt, _ in self._tiers[p]
+            for suffix in fmt.shapes(*self.shapes[p])
+        ]
+
     def bias_of(self, p: str) -> Tensor | None:
         """Biases [E, out] of one projection, or None."""
         return getattr(self, f"{p}_bias", None)
 
     def qweight(self, e: int, p: str) -> QWeight:
         """One expert's matrix, unpacked."""
+        if "arena_data" in self._buffers:
+            return self.arena().matrices(p, [e])[0]
         return next(tier for tier in self.tiers(p) if e in tier.rows).qweight([e])[0]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, *args: Tensor) -> Tensor:
+        """hidden_states, top_k_index, top_k_weights; of an adapted module, whatever its own forward takes."""
         from mopeq.kernels import KERNELS
 
-        return pick(KERNELS, self.kernel, "kernel")(self, hidden_states, top_k_index, top_k_weights)
+        run = partial(pick(KERNELS, self.kernel, "kernel"), self)
+        if not isinstance(self._original[0], Adapted):
+            return run(*args)
+        share: Callable[..., Tensor] = type(self._original[0]).share
+        return share(self, run, *args)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """A sealed module gives its tensors under their on-disk names, so `save_pretrained` writes what was read."""
+        """A filled module gives its tensors under their on-disk names, so `save_pretrained` writes what was read."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for p in self.projections if self.sealed else ():
+        for p in self.projections if self.filled else ():
             bias = self.bias_of(p)
             for tier in self.tiers(p):
                 for e, slot in tier.rows.items():
@@ -220,9 +266,9 @@ class PackedMatrix(nn.Module):
 
     def seal(self) -> None:
         """Turn the loaded parameters into buffers that no cast touches."""
-        check_loaded(self, self.format, (self.out_features, self.in_features), "packed matrix")
-        for suffix in self.format.shapes(self.out_features, self.in_features):
+        for suffix, (kind, shape) in self.format.shapes(self.out_features, self.in_features).items():
             value = getattr(self, suffix).data
+            check_stored(value, kind, shape, f"packed matrix: {suffix}")
             delattr(self, suffix)
             self.register_buffer(f"{suffix}_", as_bits(value) if suffix == "scales" else value, persistent=False)
         self.sealed = True

@@ -1,27 +1,31 @@
 """transformers: a registered quantizer, so that plain `from_pretrained(OUT)` runs from packed weights.
 
 Before weights are read, experts modules (and, with `--other-bits` 4 or 8, linears and embeddings) are replaced by
-packed ones that hold parameters under the on-disk names; transformers' own loader fills them; then they are sealed.
+packed ones. Linears and embeddings hold parameters under the on-disk names, which transformers' own loader fills. The
+experts, most of the bytes, are read from the shards straight into their tiers once that is done: transformers maps
+the files, and whatever is copied out of a mapped file is resident twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mopeq.checkpoint import read_header
 from mopeq.errors import BadInput, MopeqError
-from mopeq.nouns import BASE36, Format
+from mopeq.nouns import BASE36, PADDING, Format, TensorInfo
 from mopeq.packed import check_experts, check_sizes, check_version, read_map
 from mopeq.plugins.experts import PackedEmbedding, PackedLinear, PackedMatrix, QuantizedExperts, TiedLinear
-from mopeq.seam import experts_modules, match_names, weights
+from mopeq.plugins.stored import remember, stored_tensors
+from mopeq.seam import experts_modules, match_names, twins, weights
+from mopeq.tensors import read_stored
 
 
 def expert_formats(
@@ -73,11 +77,18 @@ class MopeqQuantizer(HfQuantizer):
     quantization_config: MopeqConfig
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
-        names = read_folder(checkpoint_files)
+        self.folder, self.tensors = read_folder(checkpoint_files)
+        model._keys_to_ignore_on_load_unexpected |= {f"^{re.escape(PADDING)}$"}
         formats = self.quantization_config.formats
         found = experts_modules(model)
-        prefixes = match_names(list(formats), [name for name, _ in found])
+        shared = twins(model)
+        prefixes = self.prefixes = match_names(list(formats), [name for name, _ in found if name not in shared])
+        model._keys_to_ignore_on_load_unexpected |= {
+            rf"{re.escape(name)}\.\d+\.\w+_proj\." for name in (*prefixes, *prefixes.values())
+        }
         for name, module in found:
+            if name in shared:
+                continue
             rows = formats[prefixes[name]]
             if any(len(rows[p]) != len(rows["down"]) for p in rows):
                 raise BadInput(
@@ -85,8 +96,13 @@ class MopeqQuantizer(HfQuantizer):
                 )
             with torch.device("meta"):
                 replace(model, name, QuantizedExperts(module, rows, projection_shapes(module)))
+        for name, owner in shared.items():  # two parts of the model with one set of experts
+            prefixes[name] = prefixes[owner]
+            replace(model, name, model.get_submodule(owner))
+            untie(model, f"{name}.")
         if self.quantization_config.other is not None:
-            self.pack_others(model, names, self.quantization_config.other)
+            self.pack_others(model, set(self.tensors), self.quantization_config.other)
+        self.float32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
         return model
 
     def pack_others(self, model: Any, names: set[str], fmt: Format) -> None:
@@ -108,15 +124,19 @@ class MopeqQuantizer(HfQuantizer):
                 targets = [target.replace(parts[0], part) for part in parts]
             for name in (t.removesuffix(".weight") for t in targets):
                 self.pack_other(model, stored, name, fmt)
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        try:
+            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        except NotImplementedError:
+            raise not_packed(type(model).__name__, "several models in one") from None
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear) and tied:
             name = next(n for n, m in model.named_modules() if m is head)
             replace(model, name, TiedLinear(embedding))
-            for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):  # the latter is the class's: not in place
-                keys = getattr(model, attribute, None)
-                if isinstance(keys, dict):
-                    setattr(model, attribute, {k: v for k, v in keys.items() if k != f"{name}.weight"})
+            untie(model, f"{name}.weight")
+        for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            owners = (model.get_submodule(name.rpartition(".")[0]) for name in (key, source))
+            if any(isinstance(owner, PackedMatrix) for owner in owners):
+                raise not_packed(key, f"tied to {source}")
 
     def pack_other(self, model: Any, stored: str, name: str, fmt: Format) -> None:
         """Replace the linear or embedding called `name`."""
@@ -124,14 +144,12 @@ class MopeqQuantizer(HfQuantizer):
             module = model.get_submodule(name)
         except AttributeError:
             return  # a tensor this model does not build, such as an unused pooling head
-        if isinstance(module, nn.Linear):
+        if type(module).forward is nn.Linear.forward:
             replace(model, name, PackedLinear(fmt, module))
-        elif isinstance(module, nn.Embedding):
+        elif type(module).forward is nn.Embedding.forward:
             replace(model, name, PackedEmbedding(fmt, module))
-        else:
-            raise MopeqError(
-                f"{stored}: a packed {type(module).__name__} is not supported", "make it with --other-bits 16"
-            )
+        else:  # a subclass may scale, clip or regroup
+            raise not_packed(stored, type(module).__name__)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Leave out what would fuse experts: packed ones are stored and held under the same names."""
@@ -145,10 +163,24 @@ class MopeqQuantizer(HfQuantizer):
         return kept
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for module in model.modules():
-            if isinstance(module, QuantizedExperts | PackedMatrix):
-                module.seal()
+        self.complete(model)
+        remember(model, self.folder, self.tensors, self.prefixes)
         return model
+
+    def complete(self, model: Any, start: str = "") -> None:
+        """Finish the modules whose names begin with `start` (all by default), once their parameters are loaded."""
+        for name, parameter in model.named_parameters():
+            if name.startswith(start) and name in self.float32 and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()  # transformers 5.17 leaves renamed tensors as they are stored
+        for name, module in model.named_modules():
+            if name.startswith(start) and isinstance(module, QuantizedExperts):
+                module.fill(self.reader(self.prefixes[name]))
+            elif f"{name}.".startswith(start) and isinstance(module, PackedMatrix) and not module.sealed:
+                module.seal()
+
+    def reader(self, prefix: str) -> Callable[[str], Tensor]:
+        """What gives one experts module its tensors."""
+        return lambda name: read_stored(self.folder, self.tensors[f"{prefix}.{name}"])
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -178,17 +210,27 @@ def packed_splits(conversion: Any) -> list[Any]:
     ]
 
 
-def read_folder(checkpoint_files: Any) -> set[str]:
-    """The names of the shards' tensors; BadInput unless their folder is whole by its manifest."""
+def read_folder(checkpoint_files: Any) -> tuple[Path, dict[str, TensorInfo]]:
+    """The folder and its tensors; BadInput unless it is whole by its manifest."""
     if not checkpoint_files:
         raise BadInput("a mopeq checkpoint loads from its folder only", "give from_pretrained the folder's path")
     folder = Path(checkpoint_files[0]).parent
     check_sizes(folder)
-    names: set[str] = set()
-    for file in checkpoint_files:
-        names |= read_header(Path(file))[0].keys()
-    check_experts(folder, read_map(folder), names)
-    return names
+    tensors = stored_tensors(checkpoint_files)
+    check_experts(folder, read_map(folder), tensors)
+    return folder, tensors
+
+
+def not_packed(what: str, why: str) -> MopeqError:
+    return MopeqError(f"{what} cannot be packed: {why}", "make the checkpoint with --other-bits 16")
+
+
+def untie(model: Any, start: str) -> None:
+    """Take the tensors whose names begin so out of the model's list of tied ones."""
+    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):  # the latter is the class's: not in place
+        keys = getattr(model, attribute, None)
+        if isinstance(keys, dict):
+            setattr(model, attribute, {k: v for k, v in keys.items() if not k.startswith(start)})
 
 
 def projection_shapes(module: Any) -> dict[str, tuple[int, int]]:
@@ -199,4 +241,6 @@ def projection_shapes(module: Any) -> dict[str, tuple[int, int]]:
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of the one called `name`."""
     parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+    owner: Any = model.get_submodule(parent)
+    setattr(owner, last, module)
+    owner._is_hf_initialized = True  # what would fill it at random may look for what was there

@@ -4,9 +4,11 @@ from mopeq.tables import Row
 
 QUANTIZERS: dict[str, Row] = {
     "rtn": Row("mopeq.quant.rtn:quantize", "round to nearest; needs no data"),
+    "hqq": Row("mopeq.quant.hqq:quantize", "ranges that forgive outliers, by half-quadratic splitting; needs no data"),
     "gptq": Row(
         "mopeq.quant.gptq:quantize",
-        "columns rounded in turn, each error made good by those to come, on each expert's routed inputs",
+        "columns rounded in turn, each error made good by those to come, then codes and scales refined by coordinate"
+        " descent, on each expert's routed inputs",
         needs_data=True,
     ),
     "signround": Row(

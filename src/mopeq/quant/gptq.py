@@ -1,10 +1,19 @@
-"""GPTQ (arXiv 2210.17323): columns are rounded one after another, each error made good by the columns still to come.
+"""GPTQ (arXiv 2210.17323) made to choose its ranges as it goes, then refined by coordinate descent.
 
-With M the second moments of the inputs and U the upper Cholesky factor of M^-1, rounding column j with error e_j costs
-(e_j / U_jj)^2 in outputs, and the best the later columns can do is to move by -(e_j / U_jj) U_j,later. Here all experts
-of a layer go together. Scales and zero points are set beforehand, by a search over clipped ranges for the least error
-weighted by each input's own moment; columns then go in order of falling moment (activation order), while groups stay
-where they are on disk.
+What a matrix costs in outputs is tr(D H D^T), with D = Q - W and H the second moments of its own inputs. Where
+H = M diag(v) M^T, M unit upper triangular, that is sum_j v_j |((Q - W) M)_j|^2, so columns can be rounded one after
+another, each to the code nearest to w_j + sum_{k<j} (w_k - q_k) M_kj: what earlier columns got wrong is made good by
+the later ones.
+
+1. Columns go group by group, an expert's most heavily used groups first (a short last group last), within a group by
+   falling moment (activation order). So a group is rounded as a whole, and stays where it is on disk.
+2. A group's range is chosen when its turn comes, for the weights with the feedback of all groups before: clipped
+   ranges and zero points are tried by rounding alone, then a few scales around the best by rounding with feedback.
+   Each row keeps its cheapest.
+3. Coordinate descent: every code in turn moves to its best value with all others held, every scale to its least
+   squares, a few times over. No step raises tr(D H D^T).
+
+All matrices of a batch go together, as [E, C, N] (inputs before outputs: a column of weights is then contiguous).
 """
 
 from __future__ import annotations
@@ -15,87 +24,156 @@ import torch
 from torch import Tensor
 
 from mopeq.nouns import Format
-from mopeq.quant.rtn import grouped, scale_and_zero
+from mopeq.quant.descent import BLOCK, descend, factored, slices, spread, take
+from mopeq.quant.rtn import LARGEST, scale_and_zero, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
-from mopeq.tensors import QWeight, per_input
+from mopeq.tensors import QWeight
 
-DAMPING = 0.01  # of the mean of M's diagonal, added to it
-BLOCK = 64  # columns whose errors are passed on to the rest in one product
-CLIPS = tuple(1 - i / 40 for i in range(24))  # ranges tried: the whole one down to 0.425 of it
-CHUNK = 1 << 24  # weights at a time
+SWEEPS = 2  # of coordinate descent over all codes and scales
+CHUNK = 1 << 21  # weights at a time on a CPU: many enough that calls cost little
+CHUNK_DEVICE = 1 << 26
 
 
-def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, **_: Any) -> QWeight:
-    """Matrices [E, out, in] with their inputs' second moments [E, in, in]; without moments, round to nearest."""
+@torch.no_grad()
+def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, sweeps: int = SWEEPS, **_: Any) -> QWeight:
+    """Matrices [E, out, in] with their inputs' second moments [E, in, in]; without moments, round to nearest.
+
+    Moments of zeros (inputs never seen) weigh all inputs alike. BadInput where a scale leaves fp16's range.
+    """
     if moments is None:
         return round_to_nearest(w, fmt)
-    size = max(1, CHUNK // (w.shape[1] * w.shape[2]))
-    parts = [solve(w[a : a + size].float(), fmt, moments[a : a + size].float()) for a in range(0, len(w), size)]
+    size = max(1, (CHUNK if w.device.type == "cpu" else CHUNK_DEVICE) // (w.shape[1] * w.shape[2]))
+    parts = []
+    for a in range(0, len(w), size):
+        b = slice(a, a + size)
+        parts.append(solve(w[b].float(), fmt, moments[b].float(), sweeps))
     return QWeight.join(parts)
 
 
-def solve(w_ENC: Tensor, fmt: Format, m_ECC: Tensor) -> QWeight:
-    """GPTQ of a batch of matrices."""
-    n = w_ENC.shape[-1]
-    diagonal_EC = m_ECC.diagonal(dim1=-2, dim2=-1)
-    scale, zero = searched_range(w_ENC, fmt, diagonal_EC)
-    s_ENC, z_ENC = per_input(scale, fmt.group_size, n), per_input(zero, fmt.group_size, n)
-    order_EC = torch.argsort(diagonal_EC, dim=-1, descending=True, stable=True)
-    w, s, z = (gather_columns(t, order_EC) for t in (w_ENC, s_ENC, z_ENC))
-    u = inverse_factor(gather_columns(gather_columns(m_ECC, order_EC).mT, order_EC).mT)
-    w = w.clone()
-    codes = torch.empty_like(w)
-    for first in range(0, n, BLOCK):
-        last = min(first + BLOCK, n)
-        errors = torch.empty_like(w[..., first:last])
-        for j in range(first, last):
-            code = ((w[..., j] / s[..., j]).round() + z[..., j]).clamp_(0, fmt.max_code)
-            codes[..., j] = code
-            error = (w[..., j] - (code - z[..., j]) * s[..., j]) / u[:, j, j, None]
-            errors[..., j - first] = error
-            w[..., j + 1 : last] -= error.unsqueeze(-1) * u[:, None, j, j + 1 : last]
-        w[..., last:] -= errors @ u[:, first:last, last:]
-    codes = torch.empty_like(codes).scatter_(-1, order_EC[:, None].expand_as(codes), codes)
-    return QWeight(codes.to(torch.uint8), scale.half(), None if fmt.scheme == "s" else zero.to(torch.uint8), fmt)
+def solve(w_ENC: Tensor, fmt: Format, moments_ECC: Tensor, sweeps: int) -> QWeight:
+    """One batch of matrices."""
+    w = w_ENC.mT.contiguous()
+    scale_and_zero(w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), fmt)  # refuses what no fp16 scale can express
+    h, m, v, order = factored(moments_ECC, fmt.group_size)
+    level, scale, zero = feed_back(w, fmt, m, v, order)
+    level, scale = descend(w, fmt, h, level, scale, zero, sweeps)
+    codes = (level + spread(zero, fmt.group_size, w.shape[1])).to(torch.uint8)
+    zeros = None if fmt.scheme == "s" else zero.mT.contiguous().to(torch.uint8)
+    return QWeight(codes.mT.contiguous(), scale.mT.contiguous().half(), zeros, fmt)
 
 
-def gather_columns(t: Tensor, order_EC: Tensor) -> Tensor:
-    """Each matrix's columns in its own order."""
-    return t.gather(-1, order_EC[:, None].expand_as(t))
+# ----------------------------------------------------------------------------------- rounding with feedback
 
 
-def inverse_factor(m_ECC: Tensor) -> Tensor:
-    """U with U^T U = (M + damping)^-1, upper triangular; inputs that never were are given the damping alone."""
-    n = m_ECC.shape[-1]
-    mean_E = m_ECC.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean_E = torch.where(mean_E > 0, mean_E, torch.ones_like(mean_E))
-    eye = torch.eye(n, dtype=m_ECC.dtype, device=m_ECC.device)
-    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):  # float32 moments of few tokens may need more
-        lower, info = torch.linalg.cholesky_ex(m_ECC + damping * mean_E[:, None, None] * eye)
-        if not bool(info.any()):
-            break
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    assert not bool(info.any()), "damped moments are positive definite"
-    return upper
+def feed_back(w: Tensor, fmt: Format, m: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels (code - zero) [E, C, N], scales and zero points [E, G, N], all float32."""
+    n, size = w.shape[1], fmt.group_size
+    wo = take(w, order)
+    wrong, level = torch.zeros_like(wo), torch.empty_like(wo)  # w - q, code - zero, in the order of rounding
+    scale, zero = (w.new_empty(len(w), fmt.groups(n), w.shape[-1]) for _ in range(2))
+    for part in slices(n, size):
+        target = wo[:, part]
+        if part.start:
+            target = torch.baddbmm(target, m[:, : part.start, part].mT, wrong[:, : part.start])
+        s, z = searched_range(target, v[:, part], fmt)
+        s, z = tried(s, z, fmt)
+        s, z = round_group(target, wo[:, part], m[:, part, part], v[:, part], s, z, fmt, level[:, part], wrong[:, part])
+        place = (order[:, part.start] // size)[:, None, None].expand(-1, 1, w.shape[-1])
+        scale.scatter_(1, place, s[:, None])
+        zero.scatter_(1, place, z[:, None])
+    return torch.empty_like(level).scatter_(1, order[..., None].expand_as(level), level), scale, zero
 
 
-def searched_range(w: Tensor, fmt: Format, weight_EC: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [E, out, groups] of the clipped range with the least weighted rounding error.
+def round_group(
+    target: Tensor, w: Tensor, m: Tensor, v: Tensor, s: Tensor, z: Tensor, fmt: Format, level: Tensor, wrong: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Round a group's columns in turn under each of K candidates s, z [E, K, N]; keep each row's cheapest.
 
-    Where an expert's inputs were never seen, all inputs weigh alike.
+    `target` [E, g, N] are the weights with the feedback of the groups before. Fills `level` and `wrong` [E, g, N];
+    returns the scales and zero points kept [E, N].
     """
-    x = grouped(w, fmt.group_size)
-    weight_EC = torch.where(weight_EC.sum(-1, keepdim=True) > 0, weight_EC, torch.ones_like(weight_EC))
-    weight = grouped(weight_EC[:, None], fmt.group_size)
-    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    best_scale, best_zero = scale_and_zero(low, high, fmt)
-    least = torch.full_like(low, float("inf"))
-    for clip in CLIPS:
-        scale, zero = scale_and_zero(low * clip, high * clip, fmt)
-        s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
-        q = (((x / s).round() + z).clamp(0, fmt.max_code) - z) * s
-        loss = ((q - x).square() * weight).sum(-1)
+    experts, columns, rows = target.shape
+    k = s.shape[1]
+    low, high, inverse = -z, fmt.max_code - z, 1 / s
+    levels, wrongs = (target.new_empty(experts, columns, k, rows) for _ in range(2))
+    cost = torch.zeros_like(s)
+    for block in slices(columns, BLOCK):
+        first = block.start
+        aims = target[:, block, None].expand(-1, -1, k, -1)
+        if first:
+            aims = aims + torch.bmm(m[:, :first, block].mT, wrongs[:, :first].flatten(2)).unflatten(-1, (k, rows))
+        for j in range(first, block.stop):
+            aim = aims[:, j - first]
+            if j > first:
+                aim = (
+                    aim
+                    + torch.bmm(m[:, None, first:j, j], wrongs[:, first:j].flatten(2)).unflatten(-1, (k, rows))[:, 0]
+                )
+            x = torch.mul(aim, inverse, out=levels[:, j]).round_()
+            torch.clamp(x, low, high, out=x)
+            q = x * s
+            torch.sub(w[:, j, None], q, out=wrongs[:, j])
+            cost.addcmul_(v[:, j, None, None], q.sub_(aim).square_())
+    best = cost.argmin(1, keepdim=True)
+    pick = best[:, None].expand(-1, columns, -1, -1)
+    level.copy_(levels.gather(2, pick)[:, :, 0])
+    wrong.copy_(wrongs.gather(2, pick)[:, :, 0])
+    return s.gather(1, best)[:, 0], z.gather(1, best)[:, 0]
+
+
+# -------------------------------------------------------------------------------------------------- ranges
+
+
+def searched_range(x: Tensor, weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [E, N] of a group x [E, g, N] with the least weighted [E, g] rounding error.
+
+    First clipped ranges, then, where codes are few, the zero points beside the best.
+    """
+    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
+    # weights are known to have fp16 scales; with feedback they might not
+    room = 0.999 * LARGEST * (fmt.max_code if fmt.scheme == "a" else max(2 ** (fmt.bits - 1) - 1, 1))
+    within = (room / (high - low)).clamp(max=1)
+    low, high = low * within, high * within
+    weight = weight[:, None]
+    scratch = (torch.empty_like(x), torch.empty_like(x))
+    best = scale, zero = scale_and_zero(low, high, fmt)
+    least = rounding_loss(x, weight, scale, zero, fmt, scratch)
+
+    def attempt(scale: Tensor, zero: Tensor) -> None:
+        nonlocal best, least
+        loss = rounding_loss(x, weight, scale, zero, fmt, scratch)
         better = loss < least
+        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
         least = torch.where(better, loss, least)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+
+    for clip in clips(fmt):
+        attempt(*scale_and_zero(low * clip, high * clip, fmt))
+    if fmt.bits <= 3 and fmt.scheme == "a":
+        scale, zero = best
+        for step in (-1, 1):
+            for factor in (0.87, 1.0, 1.13):
+                attempt(stored_scale((scale * factor).clamp_max(LARGEST)), (zero + step).clamp(0, fmt.max_code))
+    return best
+
+
+def clips(fmt: Format) -> tuple[float, ...]:
+    """Shares of the whole range worth trying: the fewer the codes, the more a few large weights may be cut."""
+    least = {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.7}.get(fmt.bits, 0.85)
+    count = 8 if fmt.bits <= 4 else 3
+    return tuple(1 - (1 - least) * i / count for i in range(1, count + 1))
+
+
+def rounding_loss(x: Tensor, weight: Tensor, s: Tensor, z: Tensor, fmt: Format, scratch: tuple[Tensor, ...]) -> Tensor:
+    """Weighted squared error [E, N] of rounding x [E, g, N]; weight [E, 1, g]."""
+    t, q = scratch
+    torch.mul(x, (1 / s)[:, None], out=t)
+    torch.round(t, out=q)
+    torch.clamp(q, min=-z[:, None], max=(fmt.max_code - z)[:, None], out=q)
+    return torch.bmm(weight, q.sub_(t).square_())[:, 0] * s * s
+
+
+def tried(s: Tensor, z: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The candidates [E, 3, N] that are rounded with feedback: the range found, one narrower and one wider."""
+    away = 0.2 / fmt.bits
+    scales = stored_scale(torch.stack([s, s * (1 - away), s * (1 + away)], 1).clamp_max(LARGEST))
+    return scales, torch.stack([z, z, z], 1)

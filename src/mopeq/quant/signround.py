@@ -1,14 +1,15 @@
-"""SignRound (arXiv 2309.05516): rounding offsets and clipping learned by signed gradient descent.
+"""SignRound (arXiv 2309.05516): rounding and ranges learned by signed gradient descent.
 
-    codes = clip(round(W / s + V) + z, 0, c),   s = (hi * max(W) - lo * min(W)) / c,   z = round(-lo * min(W) / s)
+    level = clip(round(x), -z, c - z),   q = level * s,      c = 2^b - 1
 
-with c = 2^b - 1, V in [-1/2, 1/2] a weight and lo, hi in [0, 1] a group, all moved by the sign of their gradient with
-a rate that falls linearly. The loss is the squared error of the outputs on the expert's own routed inputs,
-|dW X|^2 = tr(dW M dW^T) with M = X X^T: the second moments hold all that the inputs say, so a step costs no tokens.
-The best point seen is kept; the first is round-to-nearest, so the result is never worse than it on these inputs.
+with x a weight in steps of its scale, held within half a step of where it began, and s a group's scale. Both are moved
+by the sign of their gradient with a rate that falls linearly to nothing. The loss is the squared error of the outputs
+on the expert's own routed inputs, |dW X|^2 = tr(dW H dW^T) with H = X X^T: the second moments hold all that the inputs
+say, so a step costs no tokens. Rounding passes gradients straight through: dq/dx = s where not clipped, dq/ds = level.
 
-Rounding passes gradients straight through, which leaves so little calculus that it is written out here (with `in`
-marking codes that were not clipped): dq/dV = s in, dq/ds = q/s - in W/s, dq/dz = -s (1 - in).
+The paper starts from whole ranges and takes 200 steps. Here ranges are searched first for the least rounding error
+weighted by the inputs' own moments; 30 steps from there end below 200 from whole ranges. Each matrix keeps the best
+point it saw, and round to nearest is one of them: the result is never worse than that on these inputs.
 """
 
 from __future__ import annotations
@@ -17,77 +18,87 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mopeq.nouns import Format
-from mopeq.quant.rtn import LARGEST, SMALLEST, grouped
+from mopeq.quant.descent import factored, slices, spread
+from mopeq.quant.gptq import searched_range
+from mopeq.quant.rtn import LARGEST, SMALLEST, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
 from mopeq.tensors import QWeight
 
-STEPS = 200
-CHUNK = 1 << 20  # weights tuned at a time: small enough for the caches
+STEPS = 30
+SCALE_RATE = 1.0  # what the rate of x, in steps, is to the scale, as a share of it
+CHUNK = 1 << 19  # weights tuned at a time on a CPU: small enough for the caches
+CHUNK_DEVICE = 1 << 26
 
 
+@torch.no_grad()
 def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, steps: int = STEPS, **_: Any) -> QWeight:
     """Matrices [E, out, in] with their inputs' second moments [E, in, in]; without moments, round to nearest."""
     if moments is None:
         return round_to_nearest(w, fmt)
-    size = max(1, CHUNK // (w.shape[1] * w.shape[2])) if w.device.type == "cpu" else len(w)
-    parts = [tune(w[a : a + size].float(), fmt, moments[a : a + size], steps) for a in range(0, len(w), size)]
+    size = max(1, (CHUNK if w.device.type == "cpu" else CHUNK_DEVICE) // (w.shape[1] * w.shape[2]))
+    parts = [tune(w[a : a + size].float(), fmt, moments[a : a + size].float(), steps) for a in range(0, len(w), size)]
     return QWeight.join(parts)
 
 
-def tune(w: Tensor, fmt: Format, moments: Tensor, steps: int) -> QWeight:
-    """SignRound of a batch of matrices (one whose moments are all zero stays at round-to-nearest)."""
-    n, symmetric = w.shape[-1], fmt.scheme == "s"
-    start = round_to_nearest(w, fmt)  # also refuses scales beyond fp16
-    m = pad(moments.to(w.dtype), (0, -n % fmt.group_size, 0, -n % fmt.group_size))  # padded inputs are always zero
-    x = grouped(w, fmt.group_size)  # [E, out, G, g]; everything below keeps this shape
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    offset, lo, hi = torch.zeros_like(x), torch.ones_like(low), torch.ones_like(high)
-    codes = pad(start.codes, (0, -n % fmt.group_size)).unflatten(-1, (-1, fmt.group_size)).clone()
-    scales = start.scales.float().unsqueeze(-1).clone()
-    zeros = torch.full_like(scales, 2.0 ** (fmt.bits - 1)) if symmetric else start.zeros.float().unsqueeze(-1).clone()  # type: ignore[union-attr]
-    least_E = torch.full((len(w),), float("inf"), dtype=w.dtype, device=w.device)
+def tune(w_ENC: Tensor, fmt: Format, moments_ECC: Tensor, steps: int) -> QWeight:
+    """One batch of matrices, worked on as [E, C, N]."""
+    w, n, size = w_ENC.mT.contiguous(), w_ENC.shape[-1], fmt.group_size
+    nearest = round_to_nearest(w_ENC, fmt)  # also refuses scales beyond fp16
+    middle = torch.full_like(nearest.scales.float(), 2.0 ** (fmt.bits - 1))
+    zero = (middle if nearest.zeros is None else nearest.zeros.float()).mT.contiguous()
+    scale = nearest.scales.float().mT.contiguous()
+    h = factored(moments_ECC, size)[0]
+    best = Best(nearest.codes.mT.float() - spread(zero, size, n), scale, zero, w, h, size)
+    weight_EC = h.diagonal(dim1=-2, dim2=-1)
+    found = [searched_range(w[:, group], weight_EC[:, group], fmt) for group in slices(n, size)]
+    scale, zero = torch.stack([s for s, _ in found], 1), torch.stack([z for _, z in found], 1)
+    z = spread(zero, size, n)
+    low, high = -z, fmt.max_code - z
+    x = w / spread(scale, size, n)
+    least, most = x - 0.5, x + 0.5
     for step in range(steps + 1):
-        s, z, ds_lo, ds_hi, dz_lo, dz_hi = scale_and_slopes(low, high, lo, hi, fmt)
-        raw = (x / s).add_(offset).round_().add_(z)
-        code = raw.clamp(0, fmt.max_code)
-        inside = raw.eq_(code)  # 1 where not clipped
-        q = (code - z).mul_(s)
-        error = q - x
-        pull = torch.bmm(error.flatten(2), m).unflatten(-1, x.shape[-2:])  # half the loss's gradient for q
-        loss_E = (error * pull).flatten(1).sum(1)
-        better = loss_E < least_E
-        if bool(better.any()):
-            least_E = torch.where(better, loss_E, least_E)
-            codes[better], scales[better], zeros[better] = code[better].to(torch.uint8), s[better], z[better]
+        rounded = x.round()
+        level = torch.clamp(rounded, low, high)
+        pull = best.see(level, scale, zero)
         if step == steps:
             break
-        by_s = (pull * (q - inside * x)).sum(-1, keepdim=True) / s
-        by_z = (pull * (inside - 1)).sum(-1, keepdim=True) * s
         rate = (1 - step / steps) / steps
-        offset.sub_(rate * (pull * inside).sign_()).clamp_(-0.5, 0.5)
-        lo.sub_(rate * (by_s * ds_lo + by_z * dz_lo).sign_()).clamp_(0, 1)
-        hi.sub_(rate * (by_s * ds_hi + by_z * dz_hi).sign_()).clamp_(0, 1)
-    codes = codes.flatten(-2)[..., :n].contiguous()
-    zero_codes = None if symmetric else zeros.squeeze(-1).to(torch.uint8)
-    return QWeight(codes, scales.squeeze(-1).half(), zero_codes, fmt)
+        by_scale = group_sum(pull * level, size)
+        x.sub_(pull.mul_(rounded == level).sign_(), alpha=rate)
+        torch.clamp(x, least, most, out=x)
+        scale = stored_scale((scale * (1 - SCALE_RATE * rate * by_scale.sign())).clamp(SMALLEST, LARGEST))
+    codes = (best.level + spread(best.zero, size, n)).to(torch.uint8).mT.contiguous()
+    zeros = None if fmt.scheme == "s" else best.zero.to(torch.uint8).mT.contiguous()
+    return QWeight(codes, best.scale.mT.contiguous().half(), zeros, fmt)
 
 
-def scale_and_slopes(low: Tensor, high: Tensor, lo: Tensor, hi: Tensor, fmt: Format) -> tuple[Tensor, ...]:
-    """Stored scale and zero point of clipped groups, then ds/dlo, ds/dhi, dz/dlo, dz/dhi of the exact ones."""
-    nothing = torch.zeros_like(low)
-    if fmt.scheme == "s":
-        below, above = -low / 2 ** (fmt.bits - 1), high / max(2 ** (fmt.bits - 1) - 1, 1)
-        exact = torch.maximum(lo * below, hi * above)
-        s = exact.clamp(SMALLEST, LARGEST).half().float().clamp_min(SMALLEST)
-        rules = lo * below >= hi * above
-        zero = torch.full_like(s, 2.0 ** (fmt.bits - 1))
-        return s, zero, torch.where(rules, below, nothing), torch.where(rules, nothing, above), nothing, nothing
-    exact = ((hi * high - lo * low) / fmt.max_code).clamp(SMALLEST, LARGEST)
-    s = exact.half().float().clamp_min(SMALLEST)
-    z = (-lo * low / s).round().clamp(0, fmt.max_code)
-    ds_lo, ds_hi = -low / fmt.max_code, high / fmt.max_code
-    turn = lo * low / s**2
-    return s, z, ds_lo, ds_hi, -low / s + turn * ds_lo, turn * ds_hi
+class Best:
+    """For each matrix of a batch the levels [E, C, N], scales and zero points [E, G, N] of the least loss seen."""
+
+    def __init__(self, level: Tensor, scale: Tensor, zero: Tensor, w: Tensor, h: Tensor, group_size: int):
+        self.w, self.h, self.group_size = w, h, group_size
+        self.level, self.scale, self.zero = level.clone(), scale.clone(), zero.clone()
+        self.least_E = torch.full((len(w),), float("inf"), dtype=w.dtype, device=w.device)
+        self.see(level, scale, zero)
+
+    def see(self, level: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Keep a point where it is better; returns half the loss's gradient at its dequantized weights."""
+        away = (level * spread(scale, self.group_size, self.w.shape[1])).sub_(self.w)
+        pull = torch.bmm(self.h, away)
+        loss_E = away.mul_(pull).flatten(1).sum(1)
+        better = loss_E < self.least_E
+        if bool(better.any()):
+            self.least_E = torch.where(better, loss_E, self.least_E)
+            self.level[better], self.scale[better], self.zero[better] = level[better], scale[better], zero[better]
+        return pull
+
+
+def group_sum(t_ECN: Tensor, group_size: int) -> Tensor:
+    """[E, C, N] -> sums over each group [E, G, N]; the last group may be shorter."""
+    whole = t_ECN.shape[1] // group_size * group_size
+    parts = [t_ECN[:, :whole].unflatten(1, (-1, group_size)).sum(2)] if whole else []
+    if whole < t_ECN.shape[1]:
+        parts.append(t_ECN[:, whole:].sum(1, keepdim=True))
+    return torch.cat(parts, 1)

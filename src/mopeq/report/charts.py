@@ -34,6 +34,10 @@ class Axis:
         share = min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
         return self.start + share * (self.end - self.start)
 
+    def words(self, value: float) -> str:
+        """A tick's label."""
+        return significant(value, 1) if self.log else f"{value:.4g}"
+
     def ticks(self) -> list[float]:
         """Round values; on a log axis 1, 2, 5 of each decade, or only the powers where decades are many."""
         if self.log:
@@ -118,12 +122,45 @@ def quantile_strip(name: str, row: Mapping[str, float], y: int, axis: Axis) -> s
     return "".join(body)
 
 
+DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 5", "12 3")
+
+
+def rank_lines(layers: Sequence[int], rows: Sequence[tuple[str, Sequence[float]]], title: str) -> Markup:
+    """Rank correlations -1 … 1 by layer, a line each, told apart by dashes and by their names at the end."""
+    width, height = 760, 230
+    across = Axis(0, max(1, len(layers) - 1), 46, width - 150)
+    upward = Axis(-1, 1, height - 36, 12)
+    body = []
+    for v in (-1, -0.5, 0, 0.5, 1):
+        y = number(upward.at(v))
+        body.append(f'<path class="grid" d="M{number(across.start)} {y}H{number(across.end)}"/>')
+        body.append(f'<text class="ax e" x="{number(across.start - 8)}" y="{y}" dy="4">{v:g}</text>')
+    step = max(1, -(-len(layers) // 16))
+    for i in range(0, len(layers), step):
+        body.append(f'<text class="ax c" x="{number(across.at(i))}" y="{height - 18}">{layers[i]}</text>')
+    body.append(f'<text class="ax c" x="{number((across.start + across.end) / 2)}" y="{height - 3}">layer</text>')
+    ends: list[float] = []
+    for n, (name, rank_L) in enumerate(rows):
+        known = [(across.at(i), upward.at(r)) for i, r in enumerate(rank_L) if r == r]
+        if not known:
+            continue
+        line = "L".join(f"{number(x)} {number(y)}" for x, y in known)
+        body.append(f'<path class="rank" stroke-dasharray="{DASHES[n % len(DASHES)]}" d="M{line}"/>')
+        body += [f'<circle class="dot" cx="{number(x)}" cy="{number(y)}" r="2.5"/>' for x, y in known]
+        at = known[-1][1]
+        while any(abs(at - other) < 14 for other in ends):  # the next free place below
+            at += 3
+        ends.append(at)
+        body.append(f'<text class="nm s" x="{number(across.end + 12)}" y="{number(at + 4)}">{escape(name)}</text>')
+    return svg(width, height, "".join(body), title, "ranks", least=460)
+
+
 # ------------------------------------------------------------------------------------------- scatter
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One checkpoint in the scatter. `best`: no other given one is both smaller and closer."""
+    """One checkpoint in the scatter. `best`: no other given one is both smaller and closer. `uniform`: of one width."""
 
     name: str
     x: float
@@ -132,6 +169,7 @@ class Dot:
     high: float | None
     best: bool
     link: str
+    uniform: bool = False
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -139,47 +177,73 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points) for p in points]
 
 
-def scatter(dots: Sequence[Dot], unit: str, title: str) -> Markup:
-    """Bytes (in `unit`, linear) against KL (log), each point named and linked."""
-    width, height = 760, 400
+def scatter(
+    dots: Sequence[Dot],
+    unit: str,
+    title: str,
+    words: str = "KL, nats per token",
+    log: bool = True,
+    size: tuple[int, int] = (760, 400),
+    line: float | None = None,
+) -> Markup:
+    """Bytes (in `unit`, linear) against a loss (log) or a score, points named and linked; `line`: the original's."""
+    width, height = size
     xs = [d.x for d in dots]
-    ys = [v for d in dots for v in (d.y, d.low, d.high) if v is not None and v > 0]
+    ys = [v for d in dots for v in (d.y, d.low, d.high, line) if v is not None and (v > 0 or not log)]
     pad = 0.12 * (max(xs) - min(xs)) or 0.05 * max(xs)
-    across = Axis(max(0.0, min(xs) - pad), max(xs) + pad, 64, width - 24)
-    upward = Axis(math.log10(min(ys)) - 0.12, math.log10(max(ys)) + 0.12, height - 44, 16, log=True)
-    body = [scatter_frame(across, upward, unit), scatter_front(dots, across, upward)]
+    across = Axis(max(0.0, min(xs) - pad), max(xs) + pad, 64, width - (24 if width > 500 else 62))
+    if log:
+        upward = Axis(math.log10(min(ys)) - 0.12, math.log10(max(ys)) + 0.12, height - 44, 16, log=True)
+    else:
+        room = 0.1 * (max(ys) - min(ys)) or 0.05
+        upward = Axis(max(0.0, min(ys) - room), max(ys) + 2 * room, height - 44, 16)  # above the original's line: names
+    body = [scatter_frame(across, upward, unit, words), scatter_front(dots, across, upward)]
+    if line is not None:
+        left, high = number(across.start), upward.at(line)
+        body.append(f'<path class="same" d="M{left} {number(high)}H{number(across.end)}"/>')
+        body.append(f'<text class="ax s" x="{left}" dx="4" y="{number(high + 13)}">original</text>')
     points = [(across.at(d.x), upward.at(d.y)) for d in dots]
     for d, (x, y), (lx, ly, anchor) in zip(
         dots, points, label_places(points, [d.name for d in dots], width), strict=True
     ):
         name = f'<text class="nm {anchor}" x="{number(lx)}" y="{number(ly)}">{escape(d.name)}</text>'
-        dot = f'<circle class="{"dot" if d.best else "dot o"}" cx="{number(x)}" cy="{number(y)}" r="5"/>'
-        body.append(f'<a href="{escape(d.link)}">{dot}{name}</a>')
-    return svg(width, height, "".join(body), title, "scatter", least=460, role="group")
+        body.append(f'<a href="{escape(d.link)}">{point_mark(d, x, y)}{name}</a>')
+    return svg(width, height, "".join(body), title, "scatter", least=460 if width > 500 else 280, role="group")
 
 
-def scatter_frame(across: Axis, upward: Axis, unit: str) -> str:
+def point_mark(d: Dot, x: float, y: float) -> str:
+    """A circle, or a square for one width; filled where no other is better in both."""
+    name = "dot" if d.best else "dot o"
+    if d.uniform:
+        return f'<rect class="{name}" x="{number(x - 4.5)}" y="{number(y - 4.5)}" width="9" height="9"/>'
+    return f'<circle class="{name}" cx="{number(x)}" cy="{number(y)}" r="5"/>'
+
+
+def scatter_frame(across: Axis, upward: Axis, unit: str, words: str) -> str:
     """Grid, tick labels and the axes' names."""
     body, bottom = [], upward.start
     for v in across.ticks():
         x = number(across.at(v))
         body.append(f'<path class="grid" d="M{x} {number(upward.end)}V{number(bottom)}"/>')
         body.append(f'<text class="ax c" x="{x}" y="{number(bottom + 17)}">{v:,.6g}</text>')
-    for v in upward.ticks():
+    for v in (v for v in upward.ticks() if upward.log or v <= 1):
         y = upward.at(v)
         body.append(f'<path class="grid" d="M{number(across.start)} {number(y)}H{number(across.end)}"/>')
-        body.append(f'<text class="ax e" x="{number(across.start - 8)}" y="{number(y + 4)}">{significant(v, 1)}</text>')
+        body.append(f'<text class="ax e" x="{number(across.start - 8)}" y="{number(y + 4)}">{upward.words(v)}</text>')
     center, middle = number((across.start + across.end) / 2), number((upward.start + upward.end) / 2)
     body.append(f'<text class="ax c" x="{center}" y="{number(bottom + 36)}">weights, {escape(unit)}</text>')
-    body.append(f'<text class="ax c" transform="translate(14 {middle}) rotate(-90)">KL, nats per token</text>')
+    body.append(f'<text class="ax c" transform="translate(14 {middle}) rotate(-90)">{escape(words)}</text>')
     return "".join(body)
 
 
 def scatter_front(dots: Sequence[Dot], across: Axis, upward: Axis) -> str:
-    """The line through the best points, and each point's interval."""
-    front = sorted((d.x, d.y) for d in dots if d.best)
-    line = "L".join(f"{number(across.at(x))} {number(upward.at(y))}" for x, y in front)
-    body = [f'<path class="front" d="M{line}"/>'] if len(front) > 1 else []
+    """The lines through the best points and through those of one width, and each point's interval."""
+    body = []
+    for name, members in (("front", [d for d in dots if d.best]), ("flat", [d for d in dots if d.uniform])):
+        line = "L".join(
+            f"{number(across.at(d.x))} {number(upward.at(d.y))}" for d in sorted(members, key=lambda d: d.x)
+        )
+        body += [f'<path class="{name}" d="M{line}"/>'] if len(members) > 1 else []
     for d in dots:
         if d.low is not None and d.high is not None:
             low, high = number(upward.at(d.low)), number(upward.at(d.high))
@@ -205,8 +269,9 @@ def label_places(
 
 
 def label_spots(x: float, y: float) -> list[tuple[float, float, str]]:
-    """Right, left, above, below, then ever further up and down at the right."""
-    near = [(x + 10, y + 4, "s"), (x - 10, y + 4, "e"), (x, y - 11, "c"), (x, y + 20, "c")]
+    """Right and above, where the line through the best points never runs; right, left, above, below; then ever further
+    up and down at the right."""
+    near = [(x + 8, y - 7, "s"), (x + 10, y + 4, "s"), (x - 10, y + 4, "e"), (x, y - 11, "c"), (x, y + 20, "c")]
     return near + [(x + 10, y + 4 + dy, "s") for n in range(1, 12) for dy in (14 * n, -14 * n)]
 
 

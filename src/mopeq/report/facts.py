@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mopeq.nouns import PROJECTIONS, Format, LinearId, PrecisionMap, Sensitivity
+
+if TYPE_CHECKING:
+    from mopeq.report.explore import Explorer
+    from mopeq.report.study import Study
 
 ALL = "all"  # the panel that stands for every projection
 MODALITIES = ("text", "image")
@@ -77,11 +82,17 @@ class Loss:
     top1: float | None
     tokens: int | None
     rows: int | None
+    ppl_change: tuple[float | None, float | None] = (None, None)  # 95 % interval of ppl / ppl_against - 1
+    top1_interval: tuple[float | None, float | None] = (None, None)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task's score between 0 and 1 with its 95 % interval, and the metric's own values by name."""
+    """One task's score between 0 and 1 with its 95 % interval, and the metric's own values by name.
+
+    original: the original's score; change: of the score from it, with its paired 95 % interval; agreement: the share of
+    items answered in the same words.
+    """
 
     name: str
     score: float | None
@@ -89,6 +100,48 @@ class Task:
     high: float | None
     n: int | None
     metrics: tuple[tuple[str, float], ...]
+    original: float | None = None
+    change: Change | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A difference with its paired 95 % interval over n items."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often both models answer in the same words, over all items or those of a modality."""
+
+    name: str
+    share: float
+    low: float | None
+    high: float | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One checkpoint against another, over the items both were measured on.
+
+    rows: (what, unit, whether less is better, the change). `note` says why there is none.
+    """
+
+    name: str
+    against: str
+    rows: tuple[tuple[str, str, bool, Change], ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +154,7 @@ class Evaluation:
     setting: tuple[tuple[str, str], ...]
     losses: tuple[Loss, ...]
     tasks: tuple[Task, ...]
+    answers: tuple[Agreement, ...] = ()
 
     @property
     def words(self) -> str:
@@ -131,8 +185,11 @@ class Subject:
     made: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]  # (heading, rows of name and value)
     notes: tuple[str, ...]
     command: str
-    missing: Mapping[str, Missing]  # by section: sizes, map, sensitivity, tokens, evaluation, kl, tasks
+    missing: Mapping[str, Missing]  # by section: sizes, map, explorer, sensitivity, tokens, evaluation, kl, tasks
     finished: bool = True
+    explorer: Explorer | None = None
+    study: Study | None = None
+    uniform: bool = False  # every routed expert in one format, by choice
 
 
 # ------------------------------------------------------------------------------------------- gathering
@@ -211,6 +268,12 @@ def error_note(value_I: np.ndarray, stderr_I: np.ndarray | None) -> tuple[str, .
     return (f"{lost:,} of {len(value_I):,} matrices lie within two standard errors of zero",)
 
 
+def short_path(text: str) -> str:
+    """The last two parts of an absolute path; a hub id, or what was typed relative, as it is."""
+    path = PurePath(text)
+    return "/".join(path.parts[-2:]) if path.is_absolute() and len(path.parts) > 2 else text
+
+
 def read_evaluation(body: Mapping[str, Any]) -> Evaluation:
     """From the JSON that `mopeq eval` prints; what is absent or no number is None. TypeError if it is none."""
     parts = body.get("by_modality") or {}
@@ -221,13 +284,25 @@ def read_evaluation(body: Mapping[str, Any]) -> Evaluation:
     losses += [read_loss(name, part) for name, part in parts.items()] if len(parts) > 1 else []
     data = body.get("data")
     setting = (
-        ("against", str(body.get("against") or "nothing")),
+        ("against", short_path(str(body.get("against") or "nothing"))),
         ("data", ", ".join(map(str, data)) if isinstance(data, list) and data else "mopeq's built-in text"),
         ("window", str(body.get("window"))),
         ("limit", "none" if body.get("limit") is None else str(body["limit"])),
     )
     tasks = [read_task(name, row) for name, row in (body.get("tasks") or {}).items()]
-    return Evaluation(setting, tuple(losses), tuple(tasks))
+    answers = body.get("answers") or {}
+    return Evaluation(setting, tuple(losses), tuple(tasks), read_answers(answers) if isinstance(answers, dict) else ())
+
+
+def read_answers(body: Mapping[str, Any]) -> tuple[Agreement, ...]:
+    """By modality only where there is more than one."""
+    names = [name for name in body if name != "all"]
+    shown = {"all": body.get("all"), **(body if len(names) > 1 else {})}
+    return tuple(
+        Agreement(str(name), share, *pair(row.get("ci95")), whole_number(row.get("n")))
+        for name, row in shown.items()
+        if isinstance(row, dict) and (share := real(row.get("agreement"))) is not None
+    )
 
 
 def read_loss(name: str, part: Mapping[str, Any]) -> Loss:
@@ -245,13 +320,32 @@ def read_loss(name: str, part: Mapping[str, Any]) -> Loss:
         top1=real(part.get("top1_agreement")),
         tokens=whole_number(part.get("tokens")),
         rows=whole_number(part.get("rows")),
+        ppl_change=pair(part.get("ppl_change_ci95")),
+        top1_interval=pair(part.get("top1_ci95")),
     )
 
 
 def read_task(name: str, row: Mapping[str, Any]) -> Task:
     low, high = pair(row.get("ci95"))
-    own = [(str(k), v) for k in row if k not in ("n", "ci95", "score") and (v := real(row[k])) is not None]
-    return Task(str(name), real(row.get("score")), low, high, whole_number(row.get("n")), tuple(own))
+    ours = ("n", "ci95", "score", "original", "change", "agreement")
+    own = [(str(k), v) for k in row if k not in ours and (v := real(row[k])) is not None]
+    return Task(
+        str(name),
+        real(row.get("score")),
+        low,
+        high,
+        whole_number(row.get("n")),
+        tuple(own),
+        real(row.get("original")),
+        read_change(row.get("change")),
+        real(row.get("agreement")),
+    )
+
+
+def read_change(found: Any) -> Change | None:
+    """From what evaluate/paired.py gives."""
+    mean = real(found.get("mean")) if isinstance(found, dict) else None
+    return None if mean is None else Change(mean, *pair(found.get("ci95")), whole_number(found.get("n")) or 0)
 
 
 def real(x: Any) -> float | None:

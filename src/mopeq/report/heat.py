@@ -64,7 +64,8 @@ def heat_map(cells: Cells, title: str) -> Markup:
         parts.append(f'<text class="ax" x="{x}" y="{TOP - 7}">{escape(cells.margin_title)}</text>')
         step = label_step(h)
         parts += [
-            f'<text class="ax" x="{x}" y="{number(TOP + (i + 0.5) * h + 3.5)}">{escape(text)}</text>'
+            f'<text class="ax mean" data-row="{i}" x="{x}" y="{number(TOP + (i + 0.5) * h + 3.5)}">'
+            f"{escape(text)}</text>"
             for i, text in enumerate(cells.margin)
             if i % step == 0
         ]

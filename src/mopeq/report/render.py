@@ -22,9 +22,11 @@ from markupsafe import Markup
 from mopeq.nouns import BASE36, Format, size_text
 from mopeq.report import charts
 from mopeq.report.charts import Dot
-from mopeq.report.facts import ALL, Evaluation, Loss, Senses, Subject, Task, Widths, stored_bits
+from mopeq.report.explore import explorer_data, first_map
+from mopeq.report.facts import ALL, Contrast, Evaluation, Loss, Senses, Subject, Task, Widths, stored_bits
 from mopeq.report.heat import Cells, colour_bar, heat_map, heat_width
 from mopeq.report.scales import Scale, scale_of, variables, width_shades
+from mopeq.report.study import Study
 from mopeq.report.svg import significant
 
 HERE = Path(__file__).parent
@@ -37,7 +39,7 @@ ROLE_WORDS = {
 KIND_SHADE = {"codes": "w6", "scales": "w3", "zero points": "w1", "biases": "w1"}
 
 
-def render(subjects: Sequence[Subject]) -> str:
+def render(subjects: Sequence[Subject], contrasts: Sequence[Contrast] = ()) -> str:
     """The whole page."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -46,20 +48,30 @@ def render(subjects: Sequence[Subject]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "sig": significant, "percent": percent, "count": count_words}
+    environment.filters |= {
+        "size": size,
+        "sig": significant,
+        "percent": percent,
+        "count": count_words,
+        "signed": signed,
+        "ranked": ranked,
+    }
     environment.globals |= {"role_words": lambda role: ROLE_WORDS.get(role, role)}
-    script = (HERE / "script.js").read_text(encoding="utf-8")
-    formats = sorted({f for s in subjects if s.widths for f in s.widths.formats}, key=format_order)
+    names = ["script.js", *(["solve.js", "explore.js"] if any(s.explorer for s in subjects) else [])]
+    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
+    used = {f for s in subjects if s.widths for f in s.widths.formats}
+    formats = sorted(used | {f for s in subjects if s.explorer for f in s.explorer.formats}, key=format_order)
     shades = dict(zip(formats, width_shades(len(formats)), strict=True)) if formats else {}
     return environment.get_template("template.html").render(
         title=title(subjects),
         subjects=subjects,
         views=[view(i, subject, shades) for i, subject in enumerate(subjects)],
         comparison=compare(subjects) if len(subjects) > 1 else None,
+        contrasts=contrasts,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8") + shade_rules()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=data_block(subjects),
+        data=data_block(subjects, shades),
     )
 
 
@@ -77,6 +89,17 @@ def size(nbytes: float | None) -> str:
 
 def percent(x: float | None, digits: int = 1) -> str:
     return "–" if x is None else f"{100 * x:.{digits}f} %"
+
+
+def signed(x: float, unit: str = "") -> str:
+    """A difference, its sign always said."""
+    text = f"{100 * abs(x):.1f} %" if unit == "%" else significant(abs(x))
+    return ("−" if x < 0 else "+" if x > 0 else "") + text
+
+
+def ranked(x: float | None) -> str:
+    """A correlation."""
+    return "–" if x is None or x != x else f"{x:.2f}".replace("-", "−")
 
 
 def count_words(parameters: float) -> str:
@@ -111,8 +134,11 @@ def view(index: int, s: Subject, shades: dict[Format, int]) -> dict[str, Any]:
         "bytes": byte_bars(s),
         "maps": width_panels(s.widths, shades) if s.widths else None,
         "layers": layer_rows(s.widths) if s.widths else [],
+        "explorer": width_panels(first_map(s.explorer, s.widths), shades) if s.explorer and s.widths else None,
         "senses": sense_panels(s.senses) if s.senses else None,
         "tokens": token_panels(s.senses) if s.senses and s.senses.tokens else None,
+        "study": study_view(s.study) if s.study else None,
+        "against": any(t.original is not None for t in s.evaluation.tasks) if s.evaluation else False,
         "quantiles": kl_strips(s.evaluation) if s.evaluation else "",
         "tasks": [
             (
@@ -270,6 +296,19 @@ def panels_of(senses: Senses, grids: Mapping[str, np.ndarray], scale: Scale, fam
     }
 
 
+def study_view(study: Study) -> dict[str, Any]:
+    """The sensitivity and the tokens side by side, and the rank correlations by layer."""
+    panels = []
+    for words, family, grid_LE in (("sensitivity", "s", study.value_LE), ("tokens", "t", study.tokens_LE)):
+        scale = scale_of(np.where(grid_LE > 0, grid_LE, np.nan) if family == "t" else grid_LE)
+        cells = Cells(family, scale.shade(grid_LE), study.layers, crossed=grid_LE == 0 if family == "t" else None)
+        panels.append(Panel(words, heat_map(cells, f"{words} by layer and expert"), words, heat_width(cells)))
+    lines = charts.rank_lines(
+        study.layers, [(o.name, o.rank_L) for o in study.others], "rank correlation with the sensitivity, by layer"
+    )
+    return {"panels": panels, "lines": lines}
+
+
 def task_strip(t: Task) -> Markup | str:
     return "" if t.score is None else charts.interval_strip(t.score, t.low, t.high, f"{t.name}: {t.score:.3f}")
 
@@ -289,12 +328,15 @@ def kl_strips(e: Evaluation) -> Markup | str:
 def compare(subjects: Sequence[Subject]) -> dict[str, Any]:
     """The table at the top, and the scatter of those that were measured alike."""
     measured = [s for s in subjects if s.evaluation and s.evaluation.losses[0].kl is not None]
-    first = measured[0].evaluation.setting if measured and measured[0].evaluation else None
+    settings = [s.evaluation.setting for s in (*measured, *subjects) if s.evaluation]
+    first = settings[0] if settings else None
     alike = [s for s in measured if s.evaluation and s.evaluation.setting == first]
     names = list(dict.fromkeys(t.name for s in subjects if s.evaluation for t in s.evaluation.tasks))
     scores = {s.name: {t.name: t for t in s.evaluation.tasks} for s in subjects if s.evaluation}
     return {
         "scatter": compare_scatter(subjects, alike) if len(alike) > 1 else "",
+        "pareto": [(name, p) for name in ("", *names) if (p := compare_tasks(subjects, first, name))],
+        "uniform": any(s.uniform for s in subjects),
         "setting": measured[0].evaluation.words if measured and measured[0].evaluation else "",
         "apart": [s for s in measured if s not in alike],
         "unmeasured": [s for s in subjects if s not in measured],
@@ -313,27 +355,64 @@ def compare_scatter(subjects: Sequence[Subject], alike: Sequence[Subject]) -> Ma
     found = [(i, name, nbytes, loss, loss.kl) for i, name, nbytes, loss in rows if loss.kl is not None and loss.kl > 0]
     if len(found) < 2:
         return ""
-    big = max(nbytes for _, _, nbytes, _, _ in found) >= 0.1 * 2**30
-    unit, words = (2**30, "GiB") if big else (2**20, "MiB")
+    unit, words = unit_of([nbytes for _, _, nbytes, _, _ in found])
     best = charts.frontier([(float(nbytes), kl) for _, _, nbytes, _, kl in found])
     dots = [
-        Dot(name, nbytes / unit, kl, loss.low, loss.high, front, f"#c{i}")
+        Dot(name, nbytes / unit, kl, loss.low, loss.high, front, f"#c{i}", subjects[i - 1].uniform)
         for (i, name, nbytes, loss, kl), front in zip(found, best, strict=True)
     ]
     return charts.scatter(dots, words, "bytes of weights against KL, one point a checkpoint; the table has the numbers")
 
 
+def unit_of(sizes: Sequence[int]) -> tuple[int, str]:
+    """GiB from 0.1 GiB on, else MiB."""
+    return (2**30, "GiB") if max(sizes) >= 0.1 * 2**30 else (2**20, "MiB")
+
+
+def compare_tasks(subjects: Sequence[Subject], setting: tuple[tuple[str, str], ...] | None, task: str) -> Markup | str:
+    """Bytes against a task's score, or where `task` is "" against the mean of all; for those measured alike."""
+    found: list[tuple[int, Subject, Task]] = []
+    for i, s in enumerate(subjects):
+        tasks = s.evaluation.tasks if s.evaluation and s.evaluation.setting == setting else ()
+        t = next((t for t in tasks if t.name == task), None) if task else mean_task(tasks)
+        if t is not None and t.score is not None and s.bytes_weights:
+            found.append((i, s, t))
+    if len(found) < 2:
+        return ""
+    unit, words = unit_of([s.bytes_weights or 0 for _, s, _ in found])
+    best = charts.frontier([(float(s.bytes_weights or 0), -(t.score or 0.0)) for _, s, t in found])
+    dots = [
+        Dot(s.name, (s.bytes_weights or 0) / unit, t.score or 0.0, t.low, t.high, front, f"#c{i + 1}", s.uniform)
+        for (i, s, t), front in zip(found, best, strict=True)
+    ]
+    name = task or "mean of the tasks"
+    original = next((t.original for _, _, t in found if t.original is not None), None)
+    return charts.scatter(
+        dots, words, f"bytes of weights against the score of {name}", name, log=False, size=(400, 290), line=original
+    )
+
+
+def mean_task(tasks: Sequence[Task]) -> Task | None:
+    """The plain mean of several tasks' scores; no interval, since tasks are no sample of anything."""
+    scores = [t.score for t in tasks if t.score is not None]
+    if len(scores) < 2:
+        return None
+    originals = [t.original for t in tasks if t.score is not None and t.original is not None]
+    original = math.fsum(originals) / len(scores) if len(originals) == len(scores) else None
+    return Task("", math.fsum(scores) / len(scores), None, None, None, (), original)
+
+
 # ------------------------------------------------------------------------------------------------- data
 
 
-def data_block(subjects: Sequence[Subject]) -> Markup:
+def data_block(subjects: Sequence[Subject], shades: Mapping[Format, int]) -> Markup:
     """The page's JSON, safe inside <script>: it holds no "<", and null where a number is not finite."""
-    body = {"version": 1, "checkpoints": [subject_data(s) for s in subjects]}
+    body = {"version": 1, "checkpoints": [subject_data(s, shades) for s in subjects]}
     text = json.dumps(body, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def subject_data(s: Subject) -> dict[str, Any]:
+def subject_data(s: Subject, shades: Mapping[Format, int]) -> dict[str, Any]:
     data: dict[str, Any] = {
         "name": s.name,
         "source": s.source,
@@ -358,6 +437,10 @@ def subject_data(s: Subject) -> dict[str, Any]:
             "values": {p: short_numbers(g) for p, g in s.senses.grids.items()},
         }
         data["tokens"] = {name: short_numbers(g) for name, g in s.senses.tokens.items()}
+    if s.explorer:
+        data["explorer"] = explorer_data(s.explorer, shades, lambda role: ROLE_WORDS.get(role, role))
+    if s.study:
+        data["study"] = {o.name: [finite(r) for r in o.rank_L] for o in s.study.others}
     if s.evaluation:
         data["evaluation"] = evaluation_data(s.evaluation)
     return data
@@ -367,6 +450,7 @@ def evaluation_data(e: Evaluation) -> dict[str, Any]:
     losses = [{k: finite(v) if isinstance(v, float) else v for k, v in vars(loss).items()} for loss in e.losses]
     tasks = [
         {"name": t.name, "score": finite(t.score), "low": finite(t.low), "high": finite(t.high), "n": t.n}
+        | {"original": finite(t.original), "agreement": finite(t.agreement)}
         for t in e.tasks
     ]
     return {"setting": dict(e.setting), "losses": losses, "tasks": tasks}

@@ -1,17 +1,17 @@
-"use strict";
 // Reads one expert at a time: the cell under the pointer, or the one the arrow keys are on, in all maps of a checkpoint.
+const checkpoints = JSON.parse(document.getElementById("mopeq-data").textContent).checkpoints;
 (() => {
-  const checkpoints = JSON.parse(document.getElementById("mopeq-data").textContent).checkpoints;
+  "use strict";
   const maps = [...document.querySelectorAll(".map")];
   const svgOf = (map) => map.querySelector("svg");
   const shape = (map) => Object.fromEntries(["x", "y", "w", "h", "rows", "columns"].map((k) => [k, Number(svgOf(map).dataset[k])]));
   const named = (panel, text) => (panel === "all" ? text : panel + " " + text);
   const shown = (v) => (v === null ? "none" : Number.isInteger(v) ? v.toLocaleString("en") : Number(v.toPrecision(4)).toString());
 
-  function words(c, row, column) {
+  function words(c, chosen, row, column) {
     const parts = ["layer " + c.layers[row] + ", expert " + column];
     if (column >= c.experts[row]) return parts[0] + ": this layer has no such expert";
-    if (c.map) parts.push(Object.entries(c.map).map(([p, rows]) => named(p, c.formats[parseInt(rows[row][column], 36)])).join(", "));
+    if (chosen.map) parts.push(Object.entries(chosen.map).map(([p, rows]) => named(p, chosen.formats[parseInt(rows[row][column], 36)])).join(", "));
     if (c.sensitivity) parts.push("sensitivity " + Object.entries(c.sensitivity.values).map(([p, v]) => named(p, shown(v[row][column]))).join(", "));
     for (const [name, v] of Object.entries(c.tokens || {})) parts.push(shown(v[row][column]) + (name === "tokens" ? " tokens" : " " + name + " tokens"));
     return parts.join(" · ");
@@ -25,7 +25,9 @@
       if (row === null) continue;
       cursor.setAttribute("transform", `translate(${s.x + column * s.w} ${s.y + row * s.h})`);
     }
-    if (row !== null) map.closest("figure").querySelector(".read").textContent = words(checkpoints[map.dataset.checkpoint], row, column);
+    if (row === null) return;
+    const c = checkpoints[map.dataset.checkpoint], chosen = map.closest(".explorer") && c.explored ? c.explored : c;
+    map.closest("figure").querySelector(".read").textContent = words(c, chosen, row, column);
   }
 
   for (const map of maps) {

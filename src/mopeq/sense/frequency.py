@@ -5,50 +5,52 @@ Tokens are also counted gate-weighted and by modality; padding is not counted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs, no_padding
+from mopeq.data.encode import no_padding
 from mopeq.nouns import Sensitivity
 from mopeq.progress import progress
 from mopeq.seam import model_layers, plain_forward, watch
-from mopeq.sense.scene import Scene, from_scores, spread, unseen
+from mopeq.sense.scene import Scene, from_scores, shows, spread, unseen, walk
 
 
 class Counts:
     """Per MoE layer and expert: tokens routed, by modality, and the sum of their gate weights."""
 
-    def __init__(self, scene: Scene, model: Any):
+    def __init__(self, scene: Scene, model: Any, now: Callable[[], int]):
+        """`now()` is the number of the batch that moves."""
         layers = scene.spec.layers
         shape = (len(layers), max(layer.experts for layer in layers))
         self.tokens = {name: torch.zeros(shape, dtype=torch.int64) for name in ("text", "image")}
         self.gate_weight = torch.zeros(shape, dtype=torch.float64)
         number = {layer.layer: i for i, layer in enumerate(layers)}
         self.row = {id(module): number[layer.layer] for layer, module in model_layers(scene.spec, model)}
-        self.experts = shape[1]
-        self.masks: dict[str, Tensor] = {}
+        self.experts, self.batches, self.now = shape[1], scene.batches, now
 
-    def show(self, batch: dict[str, Tensor]) -> None:
-        """Which positions of the batch about to run count as what."""
+    def masks(self) -> dict[str, Tensor]:
+        """Which positions of the batch that moves count as what."""
+        batch = self.batches[self.now()]
         valid = no_padding(batch).flatten()
         image = batch.get("image_mask", torch.zeros_like(valid)).bool().flatten()
-        self.masks = {"text": valid & ~image, "image": valid & image}
+        return {"text": valid & ~image, "image": valid & image}
 
     def __call__(self, module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         self.see(module, index_TK, weight_TK)
         return plain_forward(module, x_TH, index_TK, weight_TK)
 
     def see(self, module: Any, index_TK: Tensor, weight_TK: Tensor) -> None:
-        """Count one layer's routing of the batch that runs."""
-        row = self.row[id(module)]
+        """Count one layer's routing of the batch that moves."""
+        row, masks = self.row[id(module)], self.masks()
         inside_TK = (index_TK >= 0) & (index_TK < self.experts)
-        for name, mask_T in self.masks.items():
+        for name, mask_T in masks.items():
             chosen = index_TK[mask_T.to(index_TK.device)[:, None] & inside_TK]
             self.tokens[name][row] += torch.bincount(chosen, minlength=self.experts).cpu()
-        counted = (self.masks["text"] | self.masks["image"]).to(index_TK.device)[:, None] & inside_TK
+        counted = (masks["text"] | masks["image"]).to(index_TK.device)[:, None] & inside_TK
         weights = torch.bincount(index_TK[counted], weight_TK[counted].detach().double(), minlength=self.experts)
         self.gate_weight[row] += weights.cpu()
 
@@ -59,16 +61,12 @@ class Counts:
 
 def count(scene: Scene) -> Counts:
     """Show the model all calibration batches and count where the router sends their tokens."""
-    assert scene.model is not None
-    model = scene.model(None)
-    counts = Counts(scene, model)
-    device = next(model.parameters()).device
-    total = sum(batch["input_ids"].numel() for batch in scene.batches)
-    with torch.no_grad(), watch(model, counts), progress("sense: frequency", total, "tokens") as p:
-        for batch in scene.batches:
-            counts.show(batch)
-            model(**model_inputs(batch, device), use_cache=False)
-            p.step(batch["input_ids"].numel())
+    with walk(scene, exact=False) as walking:
+        counts = Counts(scene, walking.model, lambda: walking.now)
+        with watch(walking.model, counts), progress("sense: frequency", len(scene.spec.layers), "layers") as p:
+            for visit in walking.forward(shows(walking, scene.batches), layers_only=True):
+                visit.run()
+                p.step(len(visit.layers))
     return counts
 
 

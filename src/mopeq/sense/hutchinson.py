@@ -15,30 +15,29 @@ from torch import Tensor
 from mopeq.data.encode import model_inputs, no_padding
 from mopeq.nouns import MoELayer, Sensitivity
 from mopeq.progress import progress
-from mopeq.seam import model_layers, views, watch
+from mopeq.seam import model_layers, stored, views, watch
 from mopeq.sense.frequency import Counts, token_facts
-from mopeq.sense.scene import Scene, from_scores
+from mopeq.sense.scene import Scene, from_scores, whole_model
 
 PROBES = 2  # per batch
 
 
 def sense(scene: Scene) -> Sensitivity:
-    assert scene.model is not None
-    model = scene.model("eager")
+    model = whole_model(scene, "eager", "--sensitivity hutchinson, which differentiates twice,")
     pairs = model_layers(scene.spec, model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    weights = [w for _, module in pairs for w in stacks(module)]
+    weights = [w for _, module in pairs for w in stored(module)]
     for weight in weights:
         weight.requires_grad_(True)
-    counts = Counts(scene, model)
+    now = [0]
+    counts = Counts(scene, model, lambda: now[0])
     generator = torch.Generator().manual_seed(scene.seed)
     samples_SI: list[np.ndarray] = []
     sizes: list[int] = []
     total = sum(batch["input_ids"].numel() for batch in scene.batches)
     with progress("sense: hutchinson", total, "tokens") as p:
-        for batch in scene.batches:
-            counts.show(batch)
+        for now[0], batch in enumerate(scene.batches):
             with watch(model, counts):
                 loss = mean_loss(model, batch)
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
@@ -63,11 +62,6 @@ def mean_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten())
 
 
-def stacks(module: Any) -> list[Tensor]:
-    """The stacked weights of an experts module: gate and up, then down."""
-    return [module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj]
-
-
 def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs, drawn on the CPU so that every device sees the same."""
     signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
@@ -76,10 +70,10 @@ def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def blocks(scene: Scene, pairs: list[tuple[MoELayer, Any]], products: list[Tensor]) -> np.ndarray:
     """v * Hv summed over each linear [I]; linears the model does not build get 0."""
-    by_layer = {}
-    for n, (layer, module) in enumerate(pairs):
-        top = views(module, products[2 * n], products[2 * n + 1])
-        sums = torch.stack([top[q].double().sum((1, 2)) for q in layer.projections], dim=1)
+    by_layer, left = {}, iter(products)
+    for layer, module in pairs:
+        product = views(module, [next(left) for _ in stored(module)])
+        sums = torch.stack([product[q].double().sum((1, 2)) for q in layer.projections], dim=1)
         by_layer[layer.layer] = sums.flatten().cpu().numpy()
     zero = {x.layer: np.zeros(x.experts * len(x.projections)) for x in scene.spec.layers}
     return np.concatenate([by_layer.get(n, zero[n]) for n in zero])

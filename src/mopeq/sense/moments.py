@@ -1,7 +1,9 @@
 """Second moments of every expert's own routed inputs: what a calibrated quantizer needs to know of the data.
 
 gate and up see the hidden states routed to the expert, down sees the gated product computed with original weights.
-Moments are sums X^T X in float32 over the tokens, in the order shown; padding is left out.
+Moments are sums of |g| x x^T in float32 over the tokens, in the order shown; padding is left out. g is the weight the
+router gives the expert's output: measured at 2 bits, weighting by it once lowers the KL by 4 % against no weighting
+and by 2 % against its square (which is what the output's squared error alone would ask for).
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs, no_padding
+from mopeq.data.encode import no_padding
 from mopeq.nouns import MoELayer, MoESpec
 from mopeq.progress import progress
 from mopeq.seam import Seen, model_layers, plain_forward, watch
+from mopeq.sense.scene import Batch, shows
+from mopeq.walk.parts import resident
+from mopeq.walk.walking import Walk
 
-Batch = dict[str, Tensor]
+PRIOR_TOKENS = 128  # of the layer's mean moments, added to each expert's
 
 
 @dataclass
@@ -38,11 +43,13 @@ class Moments:
         return [e for e, n in enumerate(self.tokens_E.tolist()) if n == 0]
 
     def fill_starved(self) -> None:
-        """Give experts without tokens the layer's mean moments, so that they too are tuned for plausible inputs."""
-        starved = self.starved
-        if starved and len(starved) < len(self.tokens_E):
+        """Lean every expert on its layer: as if PRIOR_TOKENS tokens of the layer's mean had been routed to it as well.
+
+        Experts with many tokens hardly notice; those with none are tuned for the layer's mean alone.
+        """
+        if tokens := int(self.tokens_E.sum()):
             for moments in (self.x, self.h):
-                moments[starved] = moments.sum(0) / self.tokens_E.sum()
+                moments += moments.sum(0) * (PRIOR_TOKENS / tokens)
 
 
 def layer_bytes(layer: MoELayer) -> int:
@@ -54,53 +61,65 @@ def layer_bytes(layer: MoELayer) -> int:
 def collect(
     model: Any, spec: MoESpec, batches: Sequence[Batch], memory_bytes: int, wanted: set[int] | None = None
 ) -> Iterator[tuple[MoELayer, Moments]]:
-    """The moments of the MoE layers wanted (all by default), as many a pass over the data as `memory_bytes` allows,
-    at least one."""
-    pairs = [pair for pair in model_layers(spec, model) if wanted is None or pair[0].layer in wanted]
+    """The moments of the MoE layers wanted (all by default) of a model in memory, as many a pass over the data as
+    `memory_bytes` allows, at least one."""
+    walking = Walk(resident(model, spec))
+    pairs = [layer for layer, _ in model_layers(spec, model) if wanted is None or layer.layer in wanted]
     at = 0
     while at < len(pairs):
         end, used = at, 0
-        while end < len(pairs) and (end == at or used + layer_bytes(pairs[end][0]) <= memory_bytes):
-            used += layer_bytes(pairs[end][0])
+        while end < len(pairs) and (end == at or used + layer_bytes(pairs[end]) <= memory_bytes):
+            used += layer_bytes(pairs[end])
             end += 1
-        what = "calibrate" if end - at == len(pairs) else f"calibrate: layers {at + 1}-{end} of {len(pairs)}"
-        yield from one_pass(model, pairs[at:end], batches, what)
+        with progress("calibrate", end - at, "layers") as p:
+            for layer, _, moments in gather(walking, batches, {layer.layer for layer in pairs[at:end]}):
+                p.step(1)
+                yield layer, moments
         at = end
 
 
-def one_pass(
-    model: Any, pairs: list[tuple[MoELayer, Any]], batches: Sequence[Batch], what: str
-) -> Iterator[tuple[MoELayer, Moments]]:
-    device = next(model.parameters()).device
-    found: dict[int, Moments] = {}
-    for layer, module in pairs:
-        intermediate, hidden = layer.shapes["up"]
-        found[id(module)] = Moments(
-            torch.zeros(layer.experts, hidden, hidden, device=device),
-            torch.zeros(layer.experts, intermediate, intermediate, device=device),
-            torch.zeros(layer.experts, dtype=torch.int64),
-        )
-    valid_T = torch.ones(0, dtype=torch.bool)
+def gather(walking: Walk, batches: Sequence[Batch], wanted: set[int]) -> Iterator[tuple[MoELayer, Any, Moments]]:
+    """(layer, experts module, moments) of the MoE layers wanted, each as soon as all batches have passed it, while the
+    module has its weights."""
+    left = len(wanted)
+    for visit in walking.forward(shows(walking, batches), layers_only=True):
+        pairs = [(layer, module) for layer, module in visit.layers if layer.layer in wanted]
+        adding = Adding(walking, batches, pairs)
+        with watch(walking.model, adding):
+            visit.run()
+        for layer, module in pairs:
+            left -= 1
+            yield layer, module, adding.found.pop(id(module))
+        if not left:
+            return
 
-    def watcher(module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        moments = found.get(id(module))
+
+class Adding:
+    """Watches some layers and adds up their moments."""
+
+    def __init__(self, walking: Walk, batches: Sequence[Batch], pairs: Sequence[tuple[MoELayer, Any]]):
+        self.walking, self.batches = walking, batches
+        self.found: dict[int, Moments] = {}  # by id of the experts module
+        for layer, module in pairs:
+            intermediate, hidden = layer.shapes["up"]
+            self.found[id(module)] = Moments(
+                torch.zeros(layer.experts, hidden, hidden, device=walking.device),
+                torch.zeros(layer.experts, intermediate, intermediate, device=walking.device),
+                torch.zeros(layer.experts, dtype=torch.int64),
+            )
+
+    def __call__(self, module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        moments = self.found.get(id(module))
         if moments is None:
             return plain_forward(module, x_TH, index_TK, weight_TK)
+        valid_T = no_padding(self.batches[self.walking.now]).flatten().to(x_TH.device)
 
         def see(seen: Seen) -> None:
             keep = valid_T[seen.tokens]
             x, h = seen.inputs["up"][keep].float(), seen.inputs["down"][keep].float()
-            moments.x[seen.expert].addmm_(x.T, x)
-            moments.h[seen.expert].addmm_(h.T, h)
+            g = seen.weight[keep].float().abs().unsqueeze(-1)
+            moments.x[seen.expert].addmm_((x * g).T, x)
+            moments.h[seen.expert].addmm_((h * g).T, h)
             moments.tokens_E[seen.expert] += x.shape[0]
 
         return plain_forward(module, x_TH, index_TK, weight_TK, see)
-
-    total = sum(batch["input_ids"].numel() for batch in batches)
-    with torch.no_grad(), watch(model, watcher), progress(what, total, "tokens") as p:
-        for batch in batches:
-            valid_T = no_padding(batch).flatten().to(device)
-            model(**model_inputs(batch, device), use_cache=False)
-            p.step(batch["input_ids"].numel())
-    for layer, module in pairs:
-        yield layer, found.pop(id(module))

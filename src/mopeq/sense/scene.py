@@ -1,16 +1,23 @@
-"""What a sensor is given, and what it gives back when it knows scores but no formats."""
+"""What a sensor is given, how it shows data to the model, and what it gives back when it knows scores alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from mopeq.data.encode import model_inputs
+from mopeq.errors import MopeqError
 from mopeq.nouns import Format, MoESpec, Sensitivity
+from mopeq.walk.parts import Parts, resident
+from mopeq.walk.shelf import shelf
+from mopeq.walk.walking import Run, Walk
 
 Batch = dict[str, Tensor]
 
@@ -21,7 +28,8 @@ class Scene:
 
     `model(attention)` loads the model (float32 on CPU); `batches` are encoded calibration, each with `image_mask`
     where pictures are in it. `scope` is "model" or "layer", for scores that are scaled before they are combined.
-    `quantizer` is a row's name in QUANTIZERS; `memory_bytes` is what candidates and moments may take at a time.
+    `quantizer` is a row's name in QUANTIZERS. Where the model is not to be in memory whole, `parts(exact)` gives it
+    layer by layer, and activations beyond `memory_bytes` wait in `scratch`.
     """
 
     folder: Path
@@ -34,6 +42,37 @@ class Scene:
     data_digest: str = ""
     quantizer: str = "rtn"
     memory_bytes: int = 1 << 32
+    parts: Callable[[bool], Parts] | None = None
+    scratch: Path | None = None
+
+
+@contextmanager
+def walk(scene: Scene, exact: bool = True) -> Iterator[Walk]:
+    """The scene's model, to show batches to. exact: experts' weights in float32, else perhaps in the source's dtype."""
+    if scene.parts is not None:
+        with shelf(scene.scratch, scene.memory_bytes) as kept:
+            yield Walk(scene.parts(exact), kept)
+        return
+    assert scene.model is not None
+    model = scene.model(None)
+    model.requires_grad_(False)
+    yield Walk(resident(model, scene.spec))
+
+
+def whole_model(scene: Scene, attention: str | None, who: str) -> Any:
+    """The scene's model in memory. MopeqError where it is to be walked."""
+    if scene.parts is not None or scene.model is None:
+        raise MopeqError(f"{who} needs the whole model in memory", "use --sensitivity fisher, or more --max-memory")
+    return scene.model(attention)
+
+
+def shows(walking: Walk, batches: Sequence[Batch]) -> list[Run]:
+    """Runs that show each batch to the model, for those who watch; what it answers is dropped."""
+
+    def show(batch: Batch) -> None:
+        walking.model(**model_inputs(batch, walking.device), use_cache=False)
+
+    return [partial(show, batch) for batch in batches]
 
 
 def from_scores(

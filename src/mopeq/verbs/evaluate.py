@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mopeq.checkpoint import find_folder
+from mopeq.checkpoint import find_folder, open_checkpoint
 from mopeq.data.encode import Batch, batches, model_inputs
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor
 from mopeq.data.readers import Item, builtin, read
 from mopeq.errors import BadInput
-from mopeq.evaluate.compare import compare
+from mopeq.evaluate.compare import Comparison, Logits, compare
 from mopeq.evaluate.generate import answerer
-from mopeq.evaluate.tasks import run_tasks, task_places
+from mopeq.evaluate.tasks import Answer, agreement, run_tasks, task_places
+from mopeq.families.standard import read_spec
+from mopeq.memory import SHARE, available_memory
 from mopeq.models import load_model, pick_device
-from mopeq.packed import MANIFEST, check_if_sealed, json_bytes, write_atomic
+from mopeq.nouns import digest_of, parse_size
+from mopeq.packed import MANIFEST, check_if_sealed, content_digest, json_bytes, write_atomic
 from mopeq.progress import progress, say
+from mopeq.walk.parts import source_parts
+from mopeq.walk.walking import Walk
 
 
 def evaluate(
@@ -32,11 +39,13 @@ def evaluate(
     limit: int | None = None,
     device: str = "auto",
     save: str | Path | None = None,
+    max_memory: str | int | None = None,
 ) -> dict[str, Any]:
     """Measure OUT (a packed checkpoint, or any checkpoint transformers loads) on data; docs/commands.md has the JSON.
 
     against: the original; without it only perplexity and tasks. data: .jsonl, .tsv, .txt; mopeq's built-in text if
     none. window: tokens of joined text. tasks: names to keep. limit: most windows of text, and most items of a task.
+    max_memory: where both models do not fit (by default: the free memory), the original is run layer by layer.
     save: per-item records (JSON lines). float32 throughout. BadInput for unreadable data or folders.
     """
     folder, _ = find_folder(out)
@@ -52,13 +61,21 @@ def evaluate(
     packed = load_model(folder, torch.float32, chosen)
     asked = by_task([item for item in items if item.text is None and item.answer is not None], tasks, limit)
     shown = rows(items, processor, packed.config, window, limit, asked)
-    original = load_model(source, torch.float32, chosen) if source is not None else None
+    original, whole = (None, None) if source is None else original_logits(source, chosen, max_memory, shown)
     result: dict[str, Any] = {"out": str(out), "against": None if against is None else str(against)}
-    result |= measure(shown, packed, original)
-    result["tasks"] = answer_tasks(asked, packed, processor, save) if asked else {}
+    measured = measure(shown, packed, original)
+    result |= measured.to_json()
+    records: list[dict[str, Any]] = []
+    units: dict[str, list[float]] = {}
+    result["tasks"] = answer_tasks(asked, packed, whole, source, processor, records, units) if asked else {}
+    result["answers"] = agreement(records)
     result |= {"data": [Path(path).name for path in data], "window": window, "limit": limit}
+    if save is not None:
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        write_atomic(Path(save), ("\n".join(lines) + "\n").encode())
     if (folder / MANIFEST).exists():
-        save_beside(folder, result)
+        result["digest"] = content_digest(folder)
+        save_beside(folder, result, {"rows": [vars(r) for r in measured.rows], "answers": records, "units": units})
     return result
 
 
@@ -81,38 +98,106 @@ def rows(
     return list(joined([*text_rows, *batches([*others, *asked], processor, config, window)]))
 
 
-def measure(shown: list[Batch], packed: Any, original: Any) -> dict[str, Any]:
+def original_logits(
+    source: Path, device: str, max_memory: str | int | None, shown: list[Batch]
+) -> tuple[Logits, Any | None]:
+    """What gives the original's logits for the batches shown, in their order; and the model, if it is in memory."""
+    limit = SHARE * available_memory() if max_memory is None else parse_size(max_memory)
+    checkpoint = open_checkpoint(source)
+    params = sum(tensor.count for tensor in checkpoint.tensors.values())
+    if 4 * params < limit:
+        model = load_model(source, torch.float32, device)
+        return logits_of(model), model
+    parts = source_parts(source, read_spec(checkpoint), device)
+    stream = chain.from_iterable(walked_logits(Walk(parts), part) for part in waves(parts.model, shown, limit / 4))
+    return lambda _: next(stream), None
+
+
+def waves(model: Any, shown: list[Batch], limit: float) -> Iterator[list[Batch]]:
+    """The batches in groups whose activations may wait in `limit` bytes: the weights are read once for each group."""
+    width = 4 * 4 * model.config.get_text_config().hidden_size  # four vectors a token, in float32
+    group: list[Batch] = []
+    for batch in shown:
+        if group and width * sum(b["input_ids"].numel() for b in (*group, batch)) > limit:
+            yield group
+            group = []
+        group.append(batch)
+    if group:
+        yield group
+
+
+def walked_logits(walk: Walk, group: list[Batch]) -> Iterator[torch.Tensor]:
+    """Each batch's logits, as soon as it has passed the last layer."""
+    found: list[torch.Tensor] = []
+
+    def show(batch: Batch) -> None:
+        found.append(walk.model(**model_inputs(batch, walk.device), use_cache=False).logits)
+
+    for visit in walk.forward([partial(show, batch) for batch in group]):
+        for _ in visit.each():
+            if found:
+                yield found.pop()
+
+
+def logits_of(model: Any) -> Logits:
+    device = next(model.parameters()).device
+    return lambda batch: model(**model_inputs(batch, device), use_cache=False).logits
+
+
+def measure(shown: list[Batch], packed: Any, original: Logits | None) -> Comparison:
     """compare() with progress; the models' logits are taken on their device."""
-    device = next(packed.parameters()).device
     total = sum(batch["input_ids"].numel() for batch in shown)
     with progress("eval", total, "tokens") as p:
 
-        def logits_of(model: Any, counted: bool) -> Any:
-            def logits(inputs: Batch) -> torch.Tensor:
-                found = model(**model_inputs(inputs, device), use_cache=False).logits
-                if counted:
-                    p.step(inputs["input_ids"].numel())
-                return found
+        def counted(batch: Batch) -> torch.Tensor:
+            p.step(batch["input_ids"].numel())
+            return logits_of(packed)(batch)
 
-            return logits
-
-        return compare(
-            shown, None if original is None else logits_of(original, False), logits_of(packed, True)
-        ).to_json()
+        return compare(shown, original, counted)
 
 
-def answer_tasks(asked: list[Item], model: Any, processor: Any, save: str | Path | None) -> dict[str, Any]:
-    """Greedy answers scored by each task's metric."""
-    records: list[dict[str, Any]] = []
-    with progress("eval: tasks", len(asked), "items") as p:
-        found = run_tasks(asked, answerer(model, processor), records=records)
-        p.step(len(asked))
-    if save is not None:
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        write_atomic(Path(save), ("\n".join(lines) + "\n").encode())
-    return found
+def answer_tasks(
+    asked: list[Item],
+    packed: Any,
+    original: Any | None,
+    source: Path | None,
+    processor: Any,
+    records: list[dict[str, Any]],
+    units: dict[str, list[float]],
+) -> dict[str, Any]:
+    """Greedy answers, the original's too where it is in memory, scored by each task's metric."""
+    with progress("eval: tasks", len(asked) * (1 if original is None else 2), "items") as p:
+
+        def counted(model: Any) -> Answer:
+            def answer(items: list[Item]) -> list[str]:
+                said = answerer(model, processor)(items)
+                p.step(len(items))
+                return said
+
+            return answer
+
+        other = None if original is None else remembered(counted(original), str(source))
+        return run_tasks(asked, counted(packed), records=records, original=other, units=units)
 
 
-def save_beside(out: Path, result: dict[str, Any]) -> None:
-    """Keep a measurement in the run directory of a checkpoint, where the report looks for it."""
+ANSWERS: dict[str, list[str]] = {}
+
+
+def remembered(answer: Answer, source: str) -> Answer:
+    """The original's answers, kept for this process's next checkpoint of the same source."""
+
+    def said(items: list[Item]) -> list[str]:
+        shown = [[repr(i.messages), [len(x) if isinstance(x, bytes) else str(x) for x in i.images]] for i in items]
+        key = digest_of([source, shown])
+        if key not in ANSWERS:
+            ANSWERS[key] = answer(items)
+        return ANSWERS[key]
+
+    return said
+
+
+def save_beside(out: Path, result: dict[str, Any], items: dict[str, Any]) -> None:
+    """Keep a measurement in the run directory of a checkpoint, where the report looks for it, and item by item, so that
+    it can be compared with another checkpoint's."""
+    write_atomic(out / ".mopeq" / "eval_items.json", json_bytes(items | {"digest": result["digest"]}))
     write_atomic(out / ".mopeq" / "eval.json", json_bytes(result))

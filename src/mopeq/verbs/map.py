@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mopeq.checkpoint import read_json
 from mopeq.errors import BadInput
-from mopeq.nouns import PrecisionMap
+from mopeq.nouns import PrecisionMap, Sensitivity
 from mopeq.options import Options
 from mopeq.packed import RUN, read_map
 from mopeq.rundir import RunDir, read_sensitivity
+from mopeq.sense import SENSORS
 from mopeq.stages import Job, open_job, skips_sense, solve
 
 
@@ -54,12 +56,8 @@ def solve_again(out: Path, avg_bits: float | None, fit: str | int | None) -> tup
     job = job_of(facts, avg_bits, fit)
     sensitivity = None
     if not skips_sense(job):
-        run = RunDir(Path(facts["options"]["run"]) if facts["options"].get("run") else out / ".mopeq")
-        saved = sorted((run.path / "sensitivity").glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True)
-        found = (read_sensitivity(p) for p in saved)
-        sensitivity = next(
-            (s for s in found if s.method == job.options.sensitivity and s.formats == job.options.formats), None
-        )
+        run = run_of(out, facts)
+        sensitivity = saved_sensitivity(run, facts, job)
         if sensitivity is None:
             raise BadInput(f"{run.path} holds no {job.options.sensitivity} sensitivity", "quantize once with --run DIR")
     map_ = solve(job, sensitivity)
@@ -71,6 +69,34 @@ def solve_again(out: Path, avg_bits: float | None, fit: str | int | None) -> tup
     }
 
 
+def run_of(out: Path, facts: dict[str, Any]) -> RunDir:
+    """Where a checkpoint's sensitivities are saved."""
+    return RunDir(Path(facts["options"]["run"]) if facts["options"].get("run") else out / ".mopeq")
+
+
+def saved_sensitivity(run: RunDir, facts: dict[str, Any], job: Job) -> Sensitivity | None:
+    """The newest saved of the job's method, formats and matrices; where it shows data, of the checkpoint's data."""
+    method, linears = job.options.sensitivity, [linear for linear, _ in job.spec.linears]
+    data = (facts.get("calibration") or {}).get("digest") if SENSORS[method].needs_data else None
+    return next(
+        (
+            s
+            for s in saved_sensitivities(run.path)
+            if s.method == method
+            and s.formats == job.options.formats
+            and list(s.linears) == linears
+            and data in (None, s.data_digest)
+        ),
+        None,
+    )
+
+
+def saved_sensitivities(run: Path) -> Iterator[Sensitivity]:
+    """Newest first."""
+    for path in sorted((run / "sensitivity").glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True):
+        yield read_sensitivity(path)
+
+
 def job_of(facts: dict[str, Any], avg_bits: float | None, fit: str | int | None) -> Job:
     """The job a checkpoint was made by, with another budget."""
     known = {f.name for f in fields(Options)}
@@ -78,7 +104,7 @@ def job_of(facts: dict[str, Any], avg_bits: float | None, fit: str | int | None)
     changed: dict[str, Any] = given | {"avg_bits": avg_bits, "fit": fit, "map": None}
     options = Options(**changed)
     job = open_job(facts["source"], options)
-    if job.spec.digest != facts["source_digest"]:
+    if job.spec.digest != facts.get("source_digest"):
         raise BadInput(f"{facts['source']} changed since the checkpoint was made", "quantize again")
     return job
 

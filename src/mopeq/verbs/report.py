@@ -6,7 +6,7 @@ Only headers and JSON are read; no model is loaded. What is not there is named w
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from mopeq.alloc import NO_BUDGET
 from mopeq.checkpoint import open_checkpoint, read_json
 from mopeq.errors import BadInput
 from mopeq.families.standard import roles
-from mopeq.nouns import MoELayer, PrecisionMap, Sensitivity, TensorInfo, size_text
+from mopeq.nouns import PADDING, MoELayer, PrecisionMap, TensorInfo, size_text
 from mopeq.options import DEFAULT_AVG_BITS
-from mopeq.packed import MANIFEST, RUN, check_sizes, read_map, write_atomic
+from mopeq.packed import MANIFEST, RUN, check_sizes, content_digest, read_map, write_atomic
+from mopeq.progress import say
 from mopeq.report.facts import (
     Evaluation,
     Missing,
@@ -30,9 +31,11 @@ from mopeq.report.facts import (
     whole_number,
     widths_of,
 )
-from mopeq.rundir import read_sensitivity
 from mopeq.sense import SENSORS
 from mopeq.stages import NO_SENSE
+from mopeq.verbs.budgets import BYTES, gather_explorer, gather_study
+from mopeq.verbs.contrast import contrasts
+from mopeq.verbs.map import saved_sensitivities
 
 KINDS = {"qweight": "codes", "scales": "scales", "zeros": "zero points", "bias": "biases"}
 
@@ -52,7 +55,9 @@ def write(out_or_run: list[Path], output: Path) -> dict[str, Any]:
     double = next((p for i, p in enumerate(paths) if p.resolve() in [q.resolve() for q in paths[:i]]), None)
     if double is not None:
         raise BadInput(f"{double} was given twice", "give each checkpoint once")
-    page = render([gather(p, name) for p, name in zip(paths, short_names(paths), strict=True)]).encode()
+    names = short_names(paths)
+    subjects = [gather(p, name) for p, name in zip(paths, names, strict=True)]
+    page = render(subjects, contrasts(dict(zip(names, paths, strict=True)))).encode()
     write_atomic(output, page)
     return {"output": str(output), "checkpoints": len(paths), "bytes": len(page)}
 
@@ -89,7 +94,7 @@ def gather_checkpoint(out: Path, name: str) -> Subject:
     map_ = read_map(out)
     facts = read_object(out / RUN)
     options, result = table(facts, "options"), table(facts, "result")
-    source = str(facts.get("source", "MODEL"))
+    source = source_typed(facts)
     run = Path(options["run"]) if isinstance(options.get("run"), str) else out / ".mopeq"
     spec = read_object(run / "spec.json") if (run / "spec.json").exists() else {}
     if spec.get("bytes_source") != result.get("bytes_source"):
@@ -104,12 +109,16 @@ def gather_checkpoint(out: Path, name: str) -> Subject:
             "The source's bytes by part are not known: its forecast is not beside the checkpoint.", again
         )
     senses = gather_senses(run, map_, widths, facts, again, missing)
-    evaluation = gather_evaluation(out, source, missing)
+    by_bytes = again_with(options, facts, avg_bits=None, fit=BYTES, run=str(run))
+    explorer = gather_explorer(out, facts, by_bytes, missing)
+    study = gather_study(out, facts, map_)
+    evaluation, warnings = gather_evaluation(out, source, missing)
     seen = set(senses.notes) if senses else set()
     notes = [str(n) for n in (*listed(result, "notes"), *listed(facts, "sensitivity_notes")) if str(n) not in seen]
+    notes += warnings
     return Subject(
         name=name,
-        source=Path(source).name or source,
+        source=source_name(facts),
         model_type=str(spec.get("model_type") or read_json(out / "config.json").get("model_type", "")),
         params=whole_number(spec.get("params")),
         expert_params=whole_number(spec.get("expert_params")),
@@ -127,6 +136,9 @@ def gather_checkpoint(out: Path, name: str) -> Subject:
         notes=tuple(dict.fromkeys(notes)),
         command=again,
         missing=missing,
+        explorer=explorer,
+        study=study,
+        uniform=options.get("allocate") == "uniform",
     )
 
 
@@ -165,6 +177,8 @@ def packed_parts(out: Path, map_: PrecisionMap) -> dict[str, dict[str, int]]:
         stem, *rest = name.rsplit(".", 3)  # <prefix>.<expert>.<projection>_proj.<suffix>
         if stem in prefixes and rest[0].isdigit():
             add(found, "routed expert", KINDS.get(rest[-1], "other"), tensor.nbytes)
+        elif name == PADDING:
+            add(found, "padding", "all", tensor.nbytes)
         else:
             others[name] = tensor
     experts = {i.layer: i.expert + 1 for i in sorted(map_)}
@@ -191,12 +205,6 @@ def parts(before: Mapping[str, int], after: Mapping[str, dict[str, int]]) -> tup
 
 
 # ------------------------------------------------------------------------------------------ sensitivity
-
-
-def saved_sensitivities(run: Path) -> Iterator[Sensitivity]:
-    """Newest first."""
-    for path in sorted((run / "sensitivity").glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True):
-        yield read_sensitivity(path)
 
 
 def gather_senses(
@@ -246,15 +254,16 @@ def says_of(method: str) -> str:
 # ------------------------------------------------------------------------------------------- evaluation
 
 
-def gather_evaluation(out: Path, source: str, missing: dict[str, Missing]) -> Evaluation | None:
-    """What `mopeq eval` left beside the checkpoint."""
+def gather_evaluation(out: Path, source: str, missing: dict[str, Missing]) -> tuple[Evaluation | None, list[str]]:
+    """What `mopeq eval` left beside the checkpoint, and a warning where it was another checkpoint's."""
     path = out / ".mopeq" / "eval.json"
     command = shlex.join(["mopeq", "eval", str(out), "--against", source]) + " --data DATA"
     if not path.exists():
         missing["evaluation"] = Missing(f"{out.name} was not evaluated: its loss is not known.", command)
-        return None
+        return None, []
     try:
-        found = read_evaluation(read_object(path))
+        body = read_object(path)
+        found = read_evaluation(body)
     except (TypeError, AttributeError) as problem:
         raise BadInput(f"{path} cannot be read: {problem}", f"delete it and evaluate again: {command}") from None
     if found.losses[0].kl is None:
@@ -263,7 +272,12 @@ def gather_evaluation(out: Path, source: str, missing: dict[str, Missing]) -> Ev
         missing["tasks"] = Missing(
             "No task was scored: the data held no questions with answers.", command.replace("DATA", "QUESTIONS.tsv")
         )
-    return found
+    measured, here = body.get("digest"), content_digest(out)
+    if measured in (None, here):
+        return found, []
+    warning = f"the losses were measured on another checkpoint ({measured}) than this one ({here}): evaluate again"
+    say(f"warning: {out}: {warning}")
+    return found, [warning]
 
 
 # ----------------------------------------------------------------------------------------- how it was made
@@ -289,7 +303,20 @@ def quantize_command(source: str, out: Path | str, options: Mapping[str, Any]) -
 
 def again_with(options: Mapping[str, Any], facts: Mapping[str, Any], **changes: Any) -> str:
     """The command with some options changed, into a folder of its own."""
-    return quantize_command(str(facts.get("source", "MODEL")), "NEW", {**options, **changes})
+    return quantize_command(source_typed(facts), "NEW", {**options, **changes})
+
+
+def source_name(facts: Mapping[str, Any]) -> str:
+    """What the source is called."""
+    return str(facts.get("source_name") or Path(str(facts.get("source", "MODEL"))).name)
+
+
+def source_typed(facts: Mapping[str, Any]) -> str:
+    """The source as a command names it: its id on the hub, or the shortest path that works from here."""
+    path = Path(str(facts.get("source", "MODEL")))
+    if facts.get("source_revision"):
+        return source_name(facts)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def plain(value: Any) -> str:
@@ -320,7 +347,7 @@ def made(
     ]
     calibration = table(facts, "calibration")
     inputs = [
-        ("source", facts.get("source")),
+        ("source", source_name(facts)),
         ("revision", facts.get("source_revision")),
         ("source digest", facts.get("source_digest")),
         ("calibration digest", calibration.get("digest") or "no data was shown"),

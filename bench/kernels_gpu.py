@@ -1,0 +1,108 @@
+"""The compiled GPU kernels against float64, at every width, group and awkward shape, on memory filled with NaN.
+
+    python bench/kernels_gpu.py --check              # or in parts side by side: --part 0/8 … --part 7/8
+
+Timings are `mopeq bench`'s; the interpreter's checks, small and in fp16, tests/equivalence/test_kernels_triton.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from mopeq.kernels import grouped
+from mopeq.kernels import triton as ours
+from mopeq.verbs.layers import Shape, random_experts, random_routing
+
+DEVICE = "cuda"
+
+
+# ------------------------------------------------------------------------------------------------ check
+
+
+def poison(nbytes: int = 1 << 30) -> None:
+    """Fill free memory with NaN bit patterns, which the kernels' outputs and scratch are then carved from."""
+    block = torch.full((nbytes // 4,), float("nan"), device=DEVICE)
+    del block
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    norm = wanted.norm()
+    return float((found.double() - wanted).norm() / norm) if norm > 0 else float(found.double().norm())
+
+
+def check_cases() -> list[tuple[str, Shape, tuple[int, ...], int, str, str]]:
+    """(name, shape, widths, group, dtype, routing)."""
+    cases = []
+    for bits in range(1, 9):
+        for group in (32, 64, 128):
+            cases.append((f"{bits} bits group {group}", Shape(256, 128, 8, 3), (bits,), group, "bf16", "random"))
+    for inner, hidden in ((112, 100), (36, 100), (100, 36), (1408, 256), (900, 520)):
+        cases.append((f"odd {hidden}x{inner}", Shape(hidden, inner, 9, 3), (2, 3, 4, 8), 64, "bf16", "random"))
+    for routing in ("none", "one", "all on one", "unused", "duplicates", "out of range", "strided", "33", "600"):
+        for dtype in ("bf16", "fp16"):
+            cases.append((f"{routing} {dtype}", Shape(256, 192, 16, 4), (2, 3, 4), 64, dtype, routing))
+            cases.append((f"clamped {routing} {dtype}", Shape(256, 192, 16, 4, True), (2, 4, 6), 32, dtype, routing))
+    cases.append(("one pair", Shape(128, 64, 4, 1), (3,), 64, "bf16", "one"))
+    cases.append(("many tokens", Shape(512, 256, 8, 2), (2, 3, 4), 64, "bf16", "2000"))
+    cases.append(("many tokens fp16 8 bits", Shape(512, 256, 8, 2), (3, 8), 128, "fp16", "2000"))
+    cases.append(("many tokens odd", Shape(500, 236, 8, 2, True), (2, 3, 4, 8), 32, "bf16", "2000"))
+    return cases
+
+
+def check(part: int, parts: int) -> int:
+    """The number of cases that fail, of every `parts`-th from `part` on."""
+    bad = 0
+    for seed, (name, shape, bits, group, kind, routing) in enumerate(check_cases()):
+        if seed % parts != part:
+            continue
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+        layer = random_experts(shape, bits, DEVICE, group, seed)
+        tokens = {"none": 0, "one": 1}.get(routing, int(routing) if routing.isdigit() else 13)
+        index, weight = random_routing(shape, tokens, seed, DEVICE)
+        x = torch.randn(tokens, shape.hidden, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(seed)).to(
+            dtype
+        )
+        if routing == "all on one":
+            index.fill_(3)
+        elif routing == "unused":
+            index.clamp_(max=shape.choices)
+        elif routing == "duplicates":
+            index[:, 1] = index[:, 0]
+        elif routing == "out of range":
+            index[::2, 0], index[1::3, 1], index[5] = -1, shape.experts, shape.experts + 3
+            weight[(index < 0) | (index >= shape.experts)] = float("nan")
+        elif routing == "strided":
+            x = x.T.contiguous().T
+            index, weight = index.T.contiguous().T, weight.T.contiguous().T
+        wanted = grouped.experts_forward(layer, x.double(), index, weight.double())
+        poison()
+        found = ours.experts_forward(layer, x, index, weight)
+        again = ours.experts_forward(layer, x, index, weight)
+        off = error(found, wanted)
+        bound = 1.2e-2 if kind == "bf16" else 2e-3
+        ok = off < bound and torch.equal(found, again) and found.shape == x.shape and found.dtype == dtype
+        bad += not ok
+        print(f"{'ok ' if ok else 'BAD'} {off:.5f} {name}", flush=True)
+    return bad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--part", default="0/1", help="of the cases, for processes side by side: 3/8")
+    args = parser.parse_args()
+    if args.check:
+        part, parts = (int(n) for n in args.part.split("/"))
+        bad = check(part, parts)
+        print(f"part {args.part}: {bad} bad")
+        sys.exit(1 if bad else 0)
+    parser.print_help()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""One layer's packed experts in one flat buffer, their codes re-ordered for the GPU kernels, and back again.
+
+A matrix's codes lie in tiles of S slots of W inputs: input kt*S*W + s*W + w is slot s of word w of tile kt. Words are
+16 bits and hold the low bits of all S slots, so two neighbouring inputs of one slot come out of a 32-bit register by
+one shift and one mask, and one slot's W inputs share a scale. What does not fit into the words lies in a second plane:
+
+    width        slots S   in the words      in the second plane
+    1, 2         8         2 bits a code     nothing
+    3            8         2                 1 bit, a byte for 8 codes
+    4            4         4                 nothing
+    5, 6         4         4                 2 bits, a byte for 4 codes
+    7, 8         4         4                 4 bits, 16 bits for 4 codes
+
+Planes are [tile, out, W], scales and zero points [group, out], so what a program reads lies together. Rows are padded
+to 16, inputs to whole tiles. Odd widths are kept as the next of these; otherwise bytes are those of the checkpoint,
+but for zero points, which take a byte each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopeq.nouns import Format
+from mopeq.tensors import QWeight
+
+STORED = {1: 2, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8}  # bits -> bits in the arena
+SLOTS = {2: 8, 3: 8, 4: 4, 6: 4, 8: 4}
+LOW = {2: 2, 3: 2, 4: 4, 6: 4, 8: 4}  # bits of a code in the words
+SECOND = {2: 0, 3: 1, 4: 0, 6: 1, 8: 2}  # bytes of the second plane for each word
+ROWS = 16  # rows of a matrix are padded to a multiple
+WASTE = 1.05  # wider words may pad the inputs by this much
+COLUMNS = ("words", "second", "scales", "zeros", "bits", "group")  # of the table; offsets in units of what is read
+AT_A_TIME = 1 << 24  # codes unpacked at a time while an arena is made
+
+
+def refuses(formats: Mapping[str, list[Format]]) -> str:
+    """Why these formats have no arena, or ""."""
+    sizes = {fmt.group_size for row in formats.values() for fmt in row}
+    if any(size % 32 or size % min(sizes) for size in sizes):
+        return f"group sizes {sorted(sizes)}: they must be multiples of 32 and of the smallest"
+    return ""
+
+
+def word_count(in_features: int, group: int) -> int:
+    """W: 32 where that divides the group and pads the inputs little, else 16."""
+    least = math.ceil(in_features / 128) * 128
+    return 32 if group % 32 == 0 and math.ceil(in_features / 256) * 256 <= WASTE * least else 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one projection's matrices lie: out, in, words a tile row (W), smallest group."""
+
+    out_features: int
+    in_features: int
+    words: int
+    group: int
+
+    @property
+    def rows(self) -> int:
+        return math.ceil(self.out_features / ROWS) * ROWS
+
+    def tiles(self, bits: int) -> int:
+        return math.ceil(self.in_features / (SLOTS[bits] * self.words))
+
+    def sizes(self, fmt: Format) -> tuple[int, int, int, int]:
+        """Bytes of words, second plane, scales and zero points of one matrix."""
+        bits = STORED[fmt.bits]
+        plane, groups = self.tiles(bits) * self.rows * self.words, fmt.groups(self.in_features)
+        return 2 * plane, SECOND[bits] * plane, 2 * groups * self.rows, groups * self.rows
+
+
+@dataclass(frozen=True)
+class Arena:
+    """`data` uint8 holds everything; `table` int64 [projections, E, COLUMNS] says where."""
+
+    data: Tensor
+    table: Tensor
+    layouts: dict[str, Layout]
+    formats: dict[str, list[Format]]
+
+    def matrices(self, p: str, chosen: list[int]) -> QWeight:
+        """Codes, scales and zero points [len(chosen), …] of some experts of one format, as they were stored."""
+        at, lay = list(self.layouts).index(p), self.layouts[p]
+        fmt = self.formats[p][chosen[0]]
+        assert all(self.formats[p][e] == fmt for e in chosen)
+        places = self.table[at].tolist()
+        found = [read_one(self.data, places[e], lay, fmt) for e in chosen]
+        codes, scales, zeros = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return QWeight(codes, scales, None if fmt.scheme == "s" else zeros, fmt)
+
+
+def layouts(experts: Any) -> dict[str, Layout]:
+    """{projection: how its matrices lie}; gate and up alike, since one launch reads both."""
+    found = {}
+    for p in experts.projections:
+        alike = [p] if p == "down" else [name for name in experts.projections if name != "down"]
+        group = min(fmt.group_size for name in alike for fmt in experts.formats[name])
+        out_features, in_features = experts.shapes[p]
+        found[p] = Layout(out_features, in_features, word_count(in_features, group), group)
+    return found
+
+
+def build(experts: Any) -> Arena:
+    """The arena of a filled `QuantizedExperts`, on its device, a few experts unpacked at a time."""
+    formats, lay_of = {p: experts.formats[p] for p in experts.projections}, layouts(experts)
+    table, end = torch.zeros(len(formats), experts.num_experts, len(COLUMNS), dtype=torch.int64), 0
+    for at, (p, row) in enumerate(formats.items()):
+        for e, fmt in enumerate(row):
+            starts = [end]
+            for size in lay_of[p].sizes(fmt):
+                starts.append(starts[-1] + size)
+            end = math.ceil(starts.pop() / 16) * 16
+            words, second, scales, zeros = starts
+            bits = STORED[fmt.bits]
+            second //= max(1, SECOND[bits])
+            table[at, e] = torch.tensor([words // 2, second, scales // 2, zeros, bits, fmt.group_size])
+    first = experts.tiers(experts.projections[0])[0].codes
+    data = torch.zeros(end, dtype=torch.uint8, device=first.device)
+    places = table.tolist()
+    for at, p in enumerate(formats):
+        for tier in experts.tiers(p):
+            step = max(1, AT_A_TIME // math.prod(tier.shape))
+            members = list(tier.rows)
+            for first_of in range(0, len(members), step):
+                part = members[first_of : first_of + step]
+                q = tier.qweight(part)
+                for i, e in enumerate(part):
+                    write_one(data, places[at][e], lay_of[p], q[i])
+    return Arena(data, table.to(data.device), lay_of, formats)
+
+
+def spans(place: list[int], lay: Layout, fmt: Format) -> list[slice]:
+    """Where words, second plane, scales and zero points of one matrix lie in the arena's bytes."""
+    words, second, scales, zeros, bits, _ = place
+    starts = (2 * words, second * max(1, SECOND[bits]), 2 * scales, zeros)
+    return [slice(start, start + size) for start, size in zip(starts, lay.sizes(fmt), strict=True)]
+
+
+def write_one(data: Tensor, place: list[int], lay: Layout, q: QWeight) -> None:
+    """Put one matrix, codes [out, in], into the arena."""
+    bits = STORED[q.format.bits]
+    slots, low, tiles, w = SLOTS[bits], LOW[bits], lay.tiles(bits), lay.words
+    codes = q.codes.new_zeros(lay.rows, tiles * slots * w)
+    codes[: lay.out_features, : lay.in_features] = q.codes
+    codes_KNSW = codes.view(lay.rows, tiles, slots, w).transpose(0, 1).int()
+    shift = torch.arange(slots, device=codes.device, dtype=torch.int32).view(1, 1, slots, 1)
+    words = ((codes_KNSW & (2**low - 1)) << (shift * low)).sum(2, dtype=torch.int32)
+    parts = [words.to(torch.int16)]
+    if SECOND[bits]:
+        more = ((codes_KNSW >> low) << (shift * (bits - low))).sum(2, dtype=torch.int32)
+        parts.append(more.to(torch.uint8 if SECOND[bits] == 1 else torch.int16))
+    else:
+        parts.append(words.new_zeros(0, dtype=torch.uint8))
+    scales = q.scales.new_zeros(q.scales.shape[1], lay.rows)
+    scales[:, : lay.out_features] = q.scales.T
+    zeros = torch.zeros_like(scales, dtype=torch.uint8)
+    zeros[:, : lay.out_features] = 2 ** (q.format.bits - 1) if q.zeros is None else q.zeros.T
+    for span, part in zip(spans(place, lay, q.format), [*parts, scales, zeros], strict=True):
+        data[span] = part.contiguous().view(torch.uint8).flatten()
+
+
+def read_one(data: Tensor, place: list[int], lay: Layout, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `write_one`: codes uint8 [out, in], scales fp16 and zeros uint8 [out, groups]."""
+    bits = STORED[fmt.bits]
+    slots, low, tiles, w = SLOTS[bits], LOW[bits], lay.tiles(bits), lay.words
+    words, second, scales, zeros = (data[span] for span in spans(place, lay, fmt))
+    shift = torch.arange(slots, device=data.device, dtype=torch.int32).view(1, 1, slots, 1)
+
+    def slots_of(plane: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+        values = plane.clone().view(dtype).view(tiles, lay.rows, 1, w).int()
+        return (values >> (shift * width)) & (2**width - 1)
+
+    codes = slots_of(words, torch.int16, low)
+    if SECOND[bits]:
+        codes = codes | slots_of(second, torch.uint8 if SECOND[bits] == 1 else torch.int16, bits - low) << low
+    codes = codes.transpose(0, 1).reshape(lay.rows, -1)[: lay.out_features, : lay.in_features].to(torch.uint8)
+    n = lay.out_features
+    of_group = scales.clone().view(torch.float16).view(-1, lay.rows)[:, :n].T.contiguous()
+    return codes, of_group, zeros.view(-1, lay.rows)[:, :n].T.contiguous()

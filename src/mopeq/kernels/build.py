@@ -1,0 +1,84 @@
+"""Compiles cpu.c with the machine's C compiler at first use and keeps the library in the user's own cache folder.
+
+A wheel carries the source only, so it installs anywhere; without a compiler the reason is returned, never raised.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread")
+SECONDS = 120  # after which a compiler is given up on
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "mopeq"
+
+
+def compiler() -> str | None:
+    """The C compiler: $CC if it names a program, else the first of cc, gcc, clang."""
+    return next(
+        (found for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if (found := shutil.which(name))), None
+    )
+
+
+def is_private(path: Path) -> bool:
+    """Whether nobody but this user (or root) can have written what lies there: code is loaded from it."""
+    status = path.stat()
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & 0o022
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """(the compiled kernels, "") or (None, why there are none), asked for once a process."""
+    if os.name != "posix":
+        return None, f"it is built on Linux and macOS, not on {platform.system()}"
+    try:
+        source = SOURCE.read_bytes()
+        key = hashlib.sha256(source + repr((FLAGS, platform.machine())).encode()).hexdigest()[:16]
+        folder = cache_folder()
+        path = folder / f"cpu-{platform.machine()}-{key}.so"
+        if not path.exists():
+            cc = compiler()
+            if cc is None:
+                return None, "it needs a C compiler (cc, gcc or clang)"
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            compile_to(path, cc)
+        if not (is_private(folder) and is_private(path)):
+            return None, f"others can write to {folder}"
+        return declared(ctypes.CDLL(str(path))), ""
+    except subprocess.CalledProcessError as problem:
+        lines = problem.stderr.strip().splitlines() or ["it said nothing"]
+        return None, f"the C compiler failed: {lines[0]}"
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        return None, f"it could not be built: {problem}"
+
+
+def declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions, as cpu.c has them; addresses are plain integers."""
+    address, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    lib.mopeq_level.restype = count
+    lib.mopeq_scratch.argtypes, lib.mopeq_scratch.restype = (address, count, size), size
+    lib.mopeq_rows.argtypes = (address, size, size, address, address, count, count, count, address, size)
+    lib.mopeq_rows.restype = None
+    return lib
+
+
+def compile_to(path: Path, cc: str) -> None:
+    """The library at `path`, by one atomic rename, so that processes may build it at the same time."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        command = [cc, *FLAGS, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        made.chmod(0o700)
+        os.replace(made, path)

@@ -1,0 +1,172 @@
+"""The CPU kernel against the reference in float64: every width, group and shape, every instruction set there is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_kernels import CASES, MODULES, distance, pack_module, routing, written_out
+
+from mopeq.kernels import build, choose, cpu
+from mopeq.nouns import Format
+from mopeq.verbs.layers import Shape, random_experts, random_routing
+
+needs_library = pytest.mark.skipif(build.library()[0] is None, reason=f"no CPU kernel: {build.library()[1]}")
+PALETTE = [Format(bits, group, scheme) for bits in range(1, 9) for group in (16, 48, 64) for scheme in "as"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that torch hands out is full of NaN: what is not written, or read before that, shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert bool(torch.empty(5).isnan().all())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_it_builds_where_there_is_a_compiler() -> None:
+    """Else every test below would be skipped in silence."""
+    assert (build.library()[0] is not None) == (build.compiler() is not None), build.library()[1]
+
+
+def levels() -> list[int]:
+    lib = build.library()[0]
+    return list(range(lib.mopeq_level() + 1)) if lib is not None else [0]
+
+
+@needs_library
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", MODULES)
+def test_agrees_with_the_reference(kind: str, case: str) -> None:
+    packed, truth = pack_module(kind, CASES.index(case), PALETTE)
+    truth["module"] = truth["module"].double()
+    x, index, weight = routing(case, seed=CASES.index(case))
+    wanted = written_out(kind, truth, x, index, weight)
+    found = cpu.experts_forward(packed, x.float(), index, weight.float()).detach()
+    assert found.dtype == torch.float32 and found.shape == x.shape and bool(torch.isfinite(found).all())
+    assert distance(found, wanted) < 1e-5
+
+
+@needs_library
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_group_and_odd_shape(bits: int, level: int) -> None:
+    """Relative error of the norm, in and out of all remainders; outputs are NaN before."""
+    for at, (hidden, group) in enumerate([(112, 16), (100, 32), (36, 64), (65, 48), (520, 128), (640, 80), (7, 64)]):
+        for tokens in (1, 2, 3, 9):
+            layer = random_experts(Shape(hidden, 37, 3, 2), (bits,), group=group, seed=at, scheme="as"[tokens % 2])
+            x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(at))
+            spans = [(2, 0, tokens)]
+            y = cpu.rows(layer, ["up"], x, np.arange(tokens), spans, level)["up"]
+            wanted = x.double() @ layer.qweight(2, "up").dequantize(torch.float64).T
+            assert float((y - wanted).norm() / wanted.norm()) < 2e-6, (hidden, group, tokens)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_activations(dtype: torch.dtype) -> None:
+    packed, truth = pack_module("gpt_oss", 3, PALETTE)
+    x, index, weight = routing("many", seed=3)
+    x = (x * 0.5).to(dtype)
+    wanted = written_out("gpt_oss", truth, x, index, weight)
+    found = cpu.experts_forward(packed.to(dtype), x, index, weight.float())
+    assert found.dtype == dtype and distance(found, wanted) < (4e-3 if dtype == torch.float16 else 3e-2)
+
+
+@needs_library
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    layer = random_experts(Shape(256, 160, 16, 4), (2, 3, 4), seed=1)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+    index, weight = random_routing(Shape(256, 160, 16, 4), 5, 1)
+    before = torch.get_num_threads()
+    try:
+        answers = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            answers += [cpu.experts_forward(layer, x, index, weight) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, answers[0]) for a in answers)
+
+
+@needs_library
+def test_activations_that_are_not_finite_are_not_hidden() -> None:
+    layer = random_experts(Shape(128, 64, 4, 2), (3,))
+    x = torch.zeros(3, 128)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    index, weight = random_routing(Shape(128, 64, 4, 2), 3, 0)
+    y = cpu.experts_forward(layer, x, index, weight)
+    assert bool((y[0] == 0).all()) and bool(y[1].isnan().all()) and bool(y[2].isnan().all())
+
+
+@needs_library
+def test_auto_takes_it_for_few_tokens_only() -> None:
+    shape = Shape(64, 32, 8, 2)
+    layer = random_experts(shape, (3,))
+    few, many = torch.zeros(2, 64), torch.zeros(8 * cpu.FEW, 64)
+    assert choose(layer, few, random_routing(shape, 2, 0)[0]) == "cpu"
+    assert choose(layer, many, random_routing(shape, len(many), 0)[0]) == "torch"
+    assert choose(layer, few.double(), random_routing(shape, 2, 0)[0]) == "torch"
+    assert choose(layer, few.requires_grad_(), random_routing(shape, 2, 0)[0]) == "torch"
+
+
+FORK = """
+import os, numpy as np, torch
+from mopeq.kernels import cpu
+from mopeq.verbs.layers import Shape, random_experts
+torch.set_num_threads(3)
+layer, x = random_experts(Shape(256, 512, 4, 2), (3,)), torch.ones(1, 256)
+def call():
+    return cpu.rows(layer, ["gate", "up"], x, np.arange(1), [(1, 0, 1)])["up"].numpy()
+before = call()
+child = os.fork()
+if child == 0:
+    os._exit(0 if (call() == before).all() else 3)
+assert (call() == before).all()
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needs_library
+def test_threads_are_made_anew_after_a_fork() -> None:
+    assert subprocess.run([sys.executable, "-c", FORK], timeout=100).returncode == 0
+
+
+CHILD = """
+import torch
+from mopeq.verbs.layers import Shape, random_experts, random_routing
+layer = random_experts(Shape(64, 32, 8, 2), (3,))
+print(float(layer(torch.ones(1, 64), *random_routing(Shape(64, 32, 8, 2), 1, 0)).norm()))
+"""
+
+
+def run_child(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    full: Any = os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | env
+    return subprocess.run([sys.executable, "-c", CHILD], env=full, capture_output=True, text=True, check=True)
+
+
+def test_without_a_compiler_one_line_says_so_and_torch_answers(tmp_path: Path) -> None:
+    found = run_child(tmp_path, PATH=str(tmp_path), CC="")
+    lines = [line for line in found.stderr.splitlines() if line.startswith("mopeq:")]
+    assert lines == [
+        "mopeq: packed experts run on plain torch, which is slower: no cpu kernel,"
+        " it needs a C compiler (cc, gcc or clang)"
+    ]
+    assert float(found.stdout) > 0
+
+
+@needs_library
+def test_a_cache_that_others_can_write_to_is_not_loaded(tmp_path: Path) -> None:
+    run_child(tmp_path)
+    folder = tmp_path / "mopeq"
+    assert len(list(folder.glob("cpu-*.so"))) == 1
+    folder.chmod(0o777)
+    assert "others can write to" in run_child(tmp_path).stderr

@@ -1,0 +1,248 @@
+"""A model walked layer by layer against the same model in memory: logits, gradients, and what sensors make of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import made
+import numpy as np
+import pytest
+import tiny
+import torch
+from made import quantize
+from shared_files import shared
+from torch import Tensor
+
+import mopeq.embedded
+import mopeq.models
+from mopeq.data.encode import model_inputs
+from mopeq.errors import BadInput
+from mopeq.memory import layer_bytes, whole_bytes
+from mopeq.models import load_model
+from mopeq.options import Options
+from mopeq.progress import silence
+from mopeq.seam import Seen, plain_forward, watch
+from mopeq.sense import SENSORS
+from mopeq.sense.scene import Scene
+from mopeq.stages import open_job
+from mopeq.tables import pick
+from mopeq.verbs.evaluate import evaluate
+from mopeq.walk.parts import CannotWalk, Parts, source_parts
+from mopeq.walk.shelf import Shelf
+from mopeq.walk.walking import Walk
+
+KINDS = ("olmoe", "deepseek_v2", "gpt_oss", "mixtral", "qwen3_vl_moe", "embedded", "bench-lm")
+
+
+def folder_of(kind: str) -> Path:
+    if kind == "embedded":
+        return Path(mopeq.embedded.__file__).parent / "model"
+    return shared("models/bench-lm") if kind == "bench-lm" else made.source(kind)
+
+
+@cache
+def shown(kind: str) -> tuple[dict[str, Tensor], ...]:
+    """Rows of random ids, two lengths, one with padding; with pictures where the model sees."""
+    job = open_job(folder_of(kind), Options())
+    text = job.spec.config.get("text_config", job.spec.config)
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for rows, length in ((2, 24), (1, 33)):
+        ids = torch.randint(5, min(text["vocab_size"], 300), (rows, length), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    batches[0]["attention_mask"][1, -5:] = 0
+    if "vision_config" in job.spec.config:
+        batches.append(with_picture(job.spec.config, generator))
+        batches.append({k: torch.cat([v, v]) for k, v in with_picture(job.spec.config, generator).items()})
+    return tuple(batches)
+
+
+def with_picture(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """One row with a picture of 4 x 6 patches, as Qwen3-VL's processor would give it."""
+    vision = config["vision_config"]
+    width = 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    seen = 24 // vision["spatial_merge_size"] ** 2
+    ids = torch.randint(5, 250, (1, 20 + seen), generator=generator)
+    ids[0, 4], ids[0, 5 : 5 + seen] = config["vision_start_token_id"], config["image_token_id"]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config["image_token_id"]).int(),
+        "pixel_values": torch.randn(24, width, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 6]]),
+    }
+
+
+def walk_of(kind: str, whole: bool, **options: Any) -> Walk:
+    job = open_job(folder_of(kind), Options())
+    return Walk(source_parts(job.folder, job.spec, whole=whole, exact=options.pop("exact", True)), **options)
+
+
+def logits(walk: Walk, batches: tuple[dict[str, Tensor], ...]) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+
+    def run(number: int) -> Callable[[], None]:
+        def one() -> None:
+            found[number] = walk.model(**model_inputs(batches[number]), use_cache=False).logits
+
+        return one
+
+    with watch(walk.model, plain_forward):
+        for visit in walk.forward([run(n) for n in range(len(batches))]):
+            visit.run()
+    return [found[n] for n in range(len(batches))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_model_in_memory(kind: str) -> None:
+    model = load_model(folder_of(kind), torch.float32, "cpu")
+    with torch.no_grad(), watch(model, plain_forward):
+        wanted = [model(**model_inputs(batch), use_cache=False).logits for batch in shown(kind)]
+    for walk in (walk_of(kind, True), walk_of(kind, False), walk_of(kind, False, exact=False)):
+        for a, b in zip(logits(walk, shown(kind)), wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+def gradients(walk: Walk, batches: tuple[dict[str, Tensor], ...]) -> dict[tuple[int, int, int, str], Tensor]:
+    """{(batch, layer, expert, projection): the loss's gradient at its outputs}."""
+    found: dict[tuple[int, int, int, str], Tensor] = {}
+    layer_of = {id(m): layer.layer for part in walk.parts.parts for layer, m in part.layers}
+
+    def watcher(module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            x_TH.requires_grad_(True)
+
+        def see(seen: Seen) -> None:
+            for p, y in seen.outputs.items() if torch.is_grad_enabled() else ():
+                key = (walk.now, layer_of[id(module)], seen.expert, p)
+                y.register_hook(lambda g, key=key: found.__setitem__(key, g.clone()))
+
+        return plain_forward(module, x_TH, index_TK, weight_TK, see)
+
+    def run(number: int) -> Callable[[], Tensor]:
+        def one() -> Tensor:
+            batch = batches[number]
+            out = walk.model(**model_inputs(batch), use_cache=False).logits
+            return torch.nn.functional.cross_entropy(out.flatten(0, 1), batch["input_ids"].flatten(), reduction="sum")
+
+        return one
+
+    with watch(walk.model, watcher):
+        for visit in walk.gradients([run(n) for n in range(len(batches))]):
+            visit.run()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_whole_loss(kind: str, tmp_path: Path) -> None:
+    wanted = gradients(walk_of(kind, True), shown(kind))
+    for shelf in (Shelf(), Shelf(tmp_path, 0)):
+        found = gradients(walk_of(kind, False, shelf=shelf), shown(kind))
+        assert found.keys() == wanted.keys() and len(found) > 20
+        worst = max(float((found[k] - wanted[k]).norm() / wanted[k].norm().clamp_min(1e-30)) for k in wanted)
+        assert worst < 1e-6, worst
+    assert shelf.written > 0 and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- what is made of the data shown
+
+
+def scene_of(kind: str, walked: bool, quantizer: str, scratch: Path) -> Scene:
+    job = open_job(folder_of(kind), Options())
+
+    def parts(exact: bool) -> Parts:
+        return source_parts(job.folder, job.spec, exact=exact)
+
+    def model(attention: str | None) -> Any:
+        return load_model(job.folder, torch.float32, "cpu", attention)
+
+    batches = tuple(b | {"image_mask": b["mm_token_type_ids"] == 1} if "pixel_values" in b else b for b in shown(kind))
+    more = {"parts": parts, "memory_bytes": 0, "scratch": scratch} if walked else {}
+    return Scene(job.folder, job.spec, Options().formats, 3, model=model, batches=batches, quantizer=quantizer, **more)
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "deepseek_v2", "qwen3_vl_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("sensor", "quantizer"),
+    [("frequency", "rtn"), ("error", "rtn"), ("fisher", "rtn"), ("fisher-seq", "rtn"), ("fisher", "signround")],
+)
+def test_sensitivities_are_the_same_bit_for_bit(kind: str, sensor: str, quantizer: str, tmp_path: Path) -> None:
+    found = [pick(SENSORS, sensor, "sensor")(scene_of(kind, walked, quantizer, tmp_path)) for walked in (False, True)]
+    assert np.array_equal(found[0].cost_IF, found[1].cost_IF) and found[0].cost_IF.any()
+    assert found[0].notes == found[1].notes
+    assert found[0].tokens_LE is not None and np.array_equal(found[0].tokens_LE, found[1].tokens_LE)
+    if found[0].stderr_IF is not None:
+        assert np.array_equal(found[0].stderr_IF, found[1].stderr_IF)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
+def test_the_line_writes_the_same_bytes_within_less_memory(kind: str, tmp_path: Path) -> None:
+    """Where `--max-memory` has no room for the whole model, the layers are walked; nothing else differs."""
+    text = tiny.write_text(tmp_path / "calib.txt")
+    asked = {"sensitivity": "fisher", "method": "signround", "calib": (text,), "calib_tokens": 600}
+    job = open_job(folder_of(kind), Options(**asked))
+    least = layer_bytes(job.spec, job.options)
+    assert least < whole_bytes(job.spec, job.options)
+    lines: list[list[str]] = []
+    for out, limit in (("whole", None), ("walked", least)):
+        lines.append(
+            loads_of(lambda out=out, limit=limit: quantize(job.folder, tmp_path / out, max_memory=limit, **asked))
+        )
+    assert lines[0] and not lines[1], "the model is loaded whole where it fits, and only there"
+    assert made.digests(tmp_path / "whole") == made.digests(tmp_path / "walked")
+    with pytest.raises(BadInput, match="max-memory"):
+        quantize(job.folder, tmp_path / "less", max_memory=least - 1, **asked)
+    with pytest.raises(BadInput, match="hutchinson"):  # it differentiates twice
+        quantize(job.folder, tmp_path / "less", max_memory=least, **(asked | {"sensitivity": "hutchinson"}))
+
+
+def test_eval_walks_the_original_where_both_do_not_fit(tmp_path: Path) -> None:
+    text = tiny.write_text(tmp_path / "text.txt")
+    out, _ = made.packed("qwen3_vl_moe")
+    with silence():
+        whole, walked = (
+            evaluate(out, made.source("qwen3_vl_moe"), [text], window=32, max_memory=limit) for limit in (None, 1)
+        )
+    assert whole == walked and whole["kl"] > 0 and whole["rows"] > 3
+
+
+def loads_of(work: Callable[[], Any]) -> list[str]:
+    """The folders that `work` loads whole."""
+    found: list[str] = []
+
+    def counting(folder: Path, *args: Any) -> Any:
+        found.append(str(folder))
+        return load_model(folder, *args)
+
+    with pytest.MonkeyPatch.context() as patch, silence():
+        patch.setattr(mopeq.models, "load_model", counting)
+        work()
+    return found
+
+
+def test_state_that_crosses_layers_is_refused() -> None:
+    """A layer that changes what it was given cannot be run again for its gradients."""
+    walk = walk_of("olmoe", False)
+    layer = next(part for part in walk.parts.parts if part.layers).module
+    plain = layer.forward
+    layer.forward = lambda hidden, *args, **kwargs: plain(hidden.mul_(1.5), *args, **kwargs)
+    with pytest.raises(CannotWalk, match="layers.0"):
+        gradients(walk, shown("olmoe"))
+    layer.forward = plain
+    assert logits(walk_of("olmoe", False), shown("olmoe"))[0].isfinite().all()
+
+
+def test_a_batch_that_fails_ends_the_walk() -> None:
+    """The error comes out, no thread stays behind, and the model is as it was."""
+    walk = walk_of("olmoe", False)
+    before = {p.name: p.module.forward for p in walk.parts.parts}
+    with pytest.raises(IndexError):
+        logits(walk, (*shown("olmoe"), {"input_ids": torch.tensor([[10**6]])}))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch ")]
+    assert all(p.module.forward == before[p.name] for p in walk.parts.parts)
+    assert all(t.is_meta for p in walk.parts.parts if p.streamed for t in p.module.parameters())
