@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mopeq.assemble import PackedReader, dense_layer, dense_tensor, dense_tensors
 from mopeq.checkpoint import shard_files
-from mopeq.errors import MopeqError
+from mopeq.errors import MopeqError, first_line
 from mopeq.models import load_config, load_model, logits_of, model_class, quiet_transformers
 from mopeq.nouns import Format, MoESpec, PrecisionMap
 from mopeq.packed import unsealed_allowed
@@ -88,21 +88,40 @@ def walked_logits(parts: Parts, ids: Tensor) -> Tensor:
     return found[0]
 
 
-def read_back(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, seed: int) -> float:
+def read_back(
+    source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, seed: int, loads: bool
+) -> float:
     """Largest logit difference between the packed model and the dequantized reference, relative to the logits'
-    spread. MopeqError if it exceeds TOLERANCE or is not finite. One layer's weights are in memory at a time, where the
-    model can be walked."""
+    spread. MopeqError if it exceeds TOLERANCE or is not finite.
+
+    `loads`: there is memory to load the packed model as its users will, by plain `from_pretrained`. Else, and for the
+    reference, one layer's weights are in memory at a time, where the model can be walked.
+    """
     ids = some_tokens(load_config(source), seed)
     try:
         with unsealed_allowed():
-            found = walked_logits(packed_parts(out), ids)
+            found = loaded_logits(out, ids) if loads else walked_logits(packed_parts(out), ids)
         wanted = walked_logits(dense_parts(source, out, spec, map_, other), ids)
     except CannotWalk as problem:
         say(f"read back: with the whole model in memory, since {problem.why}")
         with unsealed_allowed(), torch.no_grad():
-            found = logits_of(load_model(out, torch.float32, "cpu"), ids).double()
+            found = loaded_logits(out, ids)
             wanted = logits_of(load_dense(source, out, spec, map_, other), ids).double()
     return compare_logits(found, wanted)
+
+
+@torch.no_grad()
+def loaded_logits(out: Path, ids: Tensor) -> Tensor:
+    try:
+        model = load_model(out, torch.float32, "cpu")
+    except MopeqError:
+        raise
+    except Exception as problem:  # transformers raises whatever its loader raises
+        raise MopeqError(
+            f"the packed checkpoint does not load: {first_line(problem)}",
+            "it was not sealed; try --other-bits 16, and please report this model",
+        ) from None
+    return logits_of(model, ids).double()
 
 
 def compare_logits(found: Tensor, wanted: Tensor) -> float:
