@@ -269,7 +269,9 @@ def tables(path: Path) -> None:
             if not all(field in r for r in mine):
                 continue
             print(
-                f"\n### {method}, {'KL' if field == 'kl' else field}\n\n| widths by | " + " | ".join(map(str, budgets))
+                f"\n### {method}, {'KL' if field == 'kl' else field}\n\n| widths by | "
+                + " | ".join(map(str, budgets))
+                + " |"
             )
             print("|---" * (1 + len(budgets)) + "|")
             for arm in dict.fromkeys(r["arm"] for r in mine if r["average"] is not None):

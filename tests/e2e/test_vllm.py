@@ -352,12 +352,12 @@ def test_two_ranks(by_expert: bool) -> None:
 
 
 @cache
-def embedded() -> Path:
+def embedded(other_bits: int = 16) -> Path:
     from mopeq.embedded import model_dir
     from mopeq.stages import quantize
 
-    out = made.room() / "packed" / "embedded"
-    quantize(model_dir(), out, avg_bits=2.5, **PLAIN)
+    out = made.room() / "packed" / f"embedded-{other_bits}"
+    quantize(model_dir(), out, avg_bits=2.5, other_bits=other_bits, **PLAIN)
     return out
 
 
@@ -378,12 +378,14 @@ def png(image: Any) -> str:
 
 
 @needs_vllm
-def test_embedded_model_with_pictures() -> None:
+@pytest.mark.parametrize("other_bits", [16, 4])
+def test_embedded_model_with_pictures(other_bits: int) -> None:
     from mopeq.data.encode import _shown, encode_prompt, model_inputs
     from mopeq.data.processor import load_processor
     from mopeq.data.readers import picture
 
-    out, processor = embedded(), load_processor(embedded())
+    out = embedded(other_bits)
+    processor = load_processor(out)
     items = questions(6)
     assert len(items) == 6
     want = by_transformers(out, [model_inputs(encode_prompt(item, processor)) for item in items])
