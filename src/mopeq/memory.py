@@ -60,6 +60,11 @@ def whole_bytes(spec: MoESpec, options: Options) -> int:
     return PROCESS + PASSING + 4 * spec.params + shown_bytes(list(spec.layers), options)
 
 
+def loaded_bytes(spec: MoESpec, expert_bytes: int) -> int:
+    """A finished checkpoint loaded to be compared: its experts packed, all else in float32."""
+    return PROCESS + PASSING + expert_bytes + 4 * (spec.params - spec.expert_params)
+
+
 def layer_bytes(spec: MoESpec, options: Options) -> int:
     """One layer at a time. Its dequantized weights in float32 are held twice, and a third more, while a finished
     checkpoint is read back and put into the source's layout."""

@@ -23,7 +23,7 @@ from mopeq.alloc.reach import largest_code_total
 from mopeq.checkpoint import Checkpoint, find_folder, open_checkpoint, read_json, same_bytes
 from mopeq.errors import BadInput
 from mopeq.families.standard import read_spec
-from mopeq.memory import PASSING, PROCESS, allowed_bytes, available_memory, layer_bytes, whole_bytes
+from mopeq.memory import allowed_bytes, available_memory, layer_bytes, loaded_bytes, whole_bytes
 from mopeq.nouns import (
     Budget,
     Format,
@@ -629,8 +629,7 @@ def check(job: Job, out: Path, map_: PrecisionMap) -> float:
     """Read OUT back and compare its logits with the dequantized reference."""
     from mopeq.readback import read_back
 
-    loaded = PROCESS + PASSING + map_.nbytes(job.spec) + 4 * (job.spec.params - job.spec.expert_params)
-    loads = loaded <= allowed_bytes(job.options)
+    loads = loaded_bytes(job.spec, map_.nbytes(job.spec)) <= allowed_bytes(job.options)
     difference = read_back(job.folder, out, job.spec, map_, job.options.other, job.options.seed, loads)
     say(f"read back: logits agree with the dequantized reference to {difference:.1e} of their spread")
     return difference

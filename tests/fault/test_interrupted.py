@@ -47,6 +47,14 @@ def start(out: Path, *more: object, **limits: Any) -> Running:
     return server().start("quantize", source("olmoe"), "-o", out, *ASKED, *more, **limits)
 
 
+def interrupt_at(where: str, out: Path) -> None:
+    """A run that Ctrl-C ends before the function `where`."""
+    running = start(out, pause=where)
+    assert running.wait_until(running.stem.with_suffix(".paused").exists)
+    running.signal(signal.SIGINT)
+    running.wait()
+
+
 def check_unsealed(out: Path) -> None:
     """What an interrupted run leaves never loads; a polite end leaves no half-written file."""
     assert not (out / "mopeq_manifest.json").exists()
@@ -192,10 +200,7 @@ def test_a_source_that_changed_is_done_again(tmp_path: Path) -> None:
 def test_another_model_does_not_go_on_where_one_was_interrupted(tmp_path: Path) -> None:
     """What is left of the first (a tokenizer, a licence) would be sealed as the second's."""
     out = tmp_path / "out"
-    running = start(out, pause="mopeq.readback:read_back")
-    assert running.wait_until(running.stem.with_suffix(".paused").exists)
-    running.signal(signal.SIGINT)
-    running.wait()
+    interrupt_at("mopeq.readback:read_back", out)
     error, _ = mopeq("quantize", source("mixtral"), "-o", out).refused()
     assert "unfinished checkpoint" in error and str(source("olmoe")) in error
     other = mopeq("quantize", source("olmoe"), "-o", out, "--avg-bits", "3.5", "--shard-size", "60kB")
@@ -219,10 +224,7 @@ def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
 def test_damaged_stage_files(tmp_path: Path) -> None:
     """A saved sensitivity cut short is named, not believed."""
     out = tmp_path / "out"
-    running = start(out, pause="mopeq.stages:allocate")
-    assert running.wait_until(running.stem.with_suffix(".paused").exists)
-    running.signal(signal.SIGINT)
-    running.wait()
+    interrupt_at("mopeq.stages:allocate", out)
     path = next((out / ".mopeq" / "sensitivity").glob("*.npz"))
     path.write_bytes(path.read_bytes()[:200])
     error, hint = start(out).wait().refused()

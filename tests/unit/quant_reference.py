@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +26,12 @@ def moments(experts: int, n: int, seed: int = 0, tokens: int = 200) -> Tensor:
     sizes = torch.rand(experts, 1, n, generator=g).mul(3).exp()
     x = torch.randn(experts, tokens, n, generator=g) @ mix * sizes
     return x.mT @ x
+
+
+def odd_cases(seed: int) -> Iterator[tuple[tuple[int, int, int], Tensor, Tensor]]:
+    """(shape, weights, moments) of every odd shape."""
+    for i, shape in enumerate(SHAPES):
+        yield shape, weights(shape, seed=seed + i), moments(shape[0], shape[2], seed=i)
 
 
 def output_errors(w: Tensor, q: QWeight, m: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from quant_reference import SHAPES, WIDTHS, check_form, feed_back_row, moments, output_errors, weights
+from quant_reference import WIDTHS, check_form, feed_back_row, moments, odd_cases, output_errors, weights
 
 from mopeq.errors import BadInput
 from mopeq.nouns import Format
@@ -21,8 +21,7 @@ def test_outputs_are_closer_than_rtns(bits: int, scheme: str) -> None:
     """Every matrix of every odd shape; in all, by much, where codes are few."""
     fmt = Format(bits, 32, scheme)
     ours, theirs = 0.0, 0.0
-    for i, shape in enumerate(SHAPES):
-        w, m = weights(shape, seed=bits + i), moments(shape[0], shape[2], seed=i)
+    for shape, w, m in odd_cases(bits):
         q = gptq.quantize(w, fmt, moments=m)
         check_form(q, w, fmt)
         ours_E, theirs_E = output_errors(w, q, m), output_errors(w, rtn.quantize(w, fmt), m)

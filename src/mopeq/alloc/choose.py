@@ -49,9 +49,10 @@ def least_cost(q: Question, cost_JF: np.ndarray) -> np.ndarray:
         found = exact.solve(cost_JF, p.bytes_JF, q.target.expert_bytes)
         step_JF = np.diff(np.sort(p.bytes_JF, axis=1), axis=1)
         slack = int(step_JF[step_JF > 0].min(initial=q.target.expert_bytes)) - 1
-        near = exact.solve(cost_JF, p.bytes_JF, q.target.expert_bytes, slack)
-        if near.cost < found.cost - DEAR * abs(found.cost):
-            found = near
+        if slack >= int(np.gcd.reduce(step_JF, axis=None)):  # else the steps are alike, and nothing less can be spent
+            near = exact.solve(cost_JF, p.bytes_JF, q.target.expert_bytes, slack)
+            if near.cost < found.cost - DEAR * abs(found.cost):
+                found = near
     if found.gap > 0:
         say(f"allocate: stopped early; the map's cost {found.cost:.4g} is at most {found.gap:.2g} above the least")
     return found.choice_I

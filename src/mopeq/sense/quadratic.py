@@ -105,7 +105,7 @@ class Taker:
         w = weights(module)
         for p in layer.projections:
             shape = (layer.experts, len(self.scene.formats))
-            self.found[now, layer.layer, p] = torch.zeros(shape, dtype=torch.float64)
+            self.found[now, layer.layer, p] = torch.zeros(shape, dtype=torch.float64, device=x_TH.device)
 
         def see(seen: Seen) -> None:
             keep = valid_T[seen.tokens]
@@ -133,7 +133,7 @@ def moved(q: QWeight, w_NC: Tensor, x_SC: Tensor) -> Tensor:
 def output_errors(candidates: list[QWeight], w_NC: Tensor, x_SC: Tensor, weight_S: Tensor) -> Tensor:
     """sum_t weight_t^2 |dW x_t|^2 of each candidate [F], in float64."""
     terms = [(moved(q, w_NC, x_SC).square().sum(-1) * weight_S**2).double().sum() for q in candidates]
-    return torch.stack(terms).cpu()
+    return torch.stack(terms)
 
 
 def loss_increases(
@@ -146,7 +146,7 @@ def loss_increases(
         if row_S is not None:
             along_S = along_S.new_zeros(rows).index_add_(0, row_S, along_S)
         terms.append(0.5 * along_S.square().sum())
-    return torch.stack(terms).cpu()
+    return torch.stack(terms)
 
 
 def add_taken(found_F: Tensor, take: Callable[[Tensor], Tensor], keep_S: Tensor, g_SN: Tensor) -> None:
@@ -197,7 +197,7 @@ def estimate(
     sums: dict[str, Sums] = {}
     unused = torch.zeros(layer.experts, len(scene.formats), dtype=torch.float64)  # a picture tower's, without pictures
     for number, batch in enumerate(scene.batches):
-        value = torch.stack([found.get((number, layer.layer, p), unused) for p in layer.projections], 1).numpy()
+        value = torch.stack([found.get((number, layer.layer, p), unused) for p in layer.projections], 1).cpu().numpy()
         zero = np.zeros_like(value)
         kept = sums.setdefault("image" if "image_mask" in batch else "text", Sums(zero, zero.copy(), zero.copy()))
         kept.add(value, float(predicting(batch).sum()))

@@ -22,9 +22,8 @@ from mopeq.nouns import MoELayer, MoESpec
 from mopeq.seam import Adapted, bias, model_layers, weights
 from mopeq.stream import read_biases, read_layer, read_tensor, refuse_sick
 
-FIRST, LAYER, HEAD = range(
-    3
-)  # the order of a forward pass, as far as it is known: what feeds the layers, they, the head
+# the order of a forward pass, as far as it is known: what feeds the layers, they, the head
+FIRST, LAYER, HEAD = range(3)
 
 
 class CannotWalk(MopeqError):
