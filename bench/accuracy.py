@@ -32,18 +32,21 @@ from mopeq.data.readers import read
 from mopeq.evaluate.compare import compare
 from mopeq.evaluate.tasks import task_places
 from mopeq.models import load_config, load_model, pick_device
-from mopeq.nouns import LinearId, Sensitivity
+from mopeq.nouns import Format, Sensitivity, members_by_format
 from mopeq.options import Options
 from mopeq.progress import say
-from mopeq.quant import QUANTIZERS
+from mopeq.quant import QUANTIZERS, sensed_as
 from mopeq.seam import model_layers, weights
 from mopeq.sense import SENSORS
-from mopeq.sense.moments import collect
+from mopeq.sense.moments import Moments, collect
 from mopeq.sense.scene import Scene
 from mopeq.stages import Job, open_job, solve
-from mopeq.tables import pick
+from mopeq.tables import Row, pick
+from mopeq.tensors import QWeight
+from mopeq.tune import tune_scales
 
 AVERAGES = (2.0, 2.5, 3.0, 3.5, 4.0)
+BESIDE = {"plain gptq": Row("plain_gptq:quantize", "the baseline", needs_data=True, sensed_as="gptq")}
 
 
 def arms(average: float) -> list[tuple[str, dict[str, Any]]]:
@@ -52,8 +55,10 @@ def arms(average: float) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     if average in (2.0, 3.0, 4.0):
         found.append(("uniform", {"allocate": "uniform"}))
+    grouped = {"sensitivity": "fisher", "per": "projection", "group_size": "64,128"}
+    found.append(("fisher, projection, groups 64,128", grouped))
     if average in (2.0, 4.0):
-        return found  # every map of that budget is the uniform one
+        return found  # every other map of that budget is the uniform one
     if average != 3.0:
         found.append(("random", {"allocate": "random"}))
     found.append(("inverted hessian", {"allocate": "inverted", "sensitivity": "hessian"}))
@@ -90,8 +95,9 @@ class Bench:
         }
         with torch.no_grad():
             self.logits = [self.run(batch).cpu() for batch in self.rows]
-        self.sensitivities: dict[tuple[str, str], Sensitivity] = {}
-        self.quantized: dict[str, dict[tuple[int, str, str], torch.Tensor]] = {}
+        self.sensitivities: dict[tuple[str, str, tuple[Format, ...]], Sensitivity] = {}
+        self.moments: dict[bool, dict[int, Moments]] = {}  # with gradients or without, by layer
+        self.quantized: dict[tuple[str, Format], dict[tuple[int, str], QWeight]] = {}
         self.seconds: dict[str, float] = {}
 
     def run(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -104,8 +110,9 @@ class Bench:
                 for p, w in weights(module).items():
                     w.copy_(self.originals[layer.layer][p])
 
-    def sensitivity(self, name: str, method: str) -> Sensitivity:
-        key = (name, method if SENSORS[name].by_method else "")
+    def sensitivity(self, name: str, method: str, formats: tuple[Format, ...]) -> Sensitivity:
+        method = sensed_as(method.partition("+")[0])
+        key = (name, method if SENSORS[name].by_method else "", formats)
         if key not in self.sensitivities:
             shown = self.calibration
             tokens = self.args.hutchinson_tokens if name == "hutchinson" else None
@@ -113,7 +120,7 @@ class Bench:
             scene = Scene(
                 self.job.folder,
                 self.job.spec,
-                Options().formats,
+                formats,
                 self.seed,
                 model=lambda attention: load_model(self.job.folder, torch.float32, self.device, attention),
                 batches=rows,
@@ -122,39 +129,60 @@ class Bench:
             )
             started = time.monotonic()
             self.sensitivities[key] = pick(SENSORS, name, "sensitivity")(scene)
-            self.seconds[f"sense {name} {key[1]}".strip()] = round(time.monotonic() - started, 1)
+            self.seconds[f"sense {name} {key[1]} {len(formats)} formats"] = round(time.monotonic() - started, 1)
         return self.sensitivities[key]
 
-    def values(self, method: str) -> dict[tuple[int, str, str], torch.Tensor]:
-        """{(layer, projection, format): dequantized [E, out, in]} by one quantizer."""
-        if method not in self.quantized:
+    def seen(self, gradients: bool) -> dict[int, Moments]:
+        """Each layer's moments."""
+        if gradients not in self.moments:
             self.restore()
-            moments = {}
-            if QUANTIZERS[method].needs_data:
-                for moe, seen in collect(self.model, self.job.spec, self.calibration.batches, 1 << 33):
-                    seen.fill_starved()
-                    moments[moe.layer] = seen
+            found = self.moments[gradients] = {}
+            batches, label_seed = self.calibration.batches, self.seed if gradients else None
+            for layer, moments in collect(self.model, self.job.spec, batches, 1 << 33, label_seed=label_seed):
+                moments.fill_starved()
+                found[layer.layer] = moments
+        return self.moments[gradients]
+
+    def values(self, method: str, fmt: Format) -> dict[tuple[int, str], QWeight]:
+        """{(layer, projection): matrices [E, out, in]} in a format by one quantizer."""
+        if (method, fmt) not in self.quantized:
+            row = QUANTIZERS[method]
+            moments = self.seen(row.needs_gradients) if row.needs_data else {}
             started = time.monotonic()
             quantize = pick(QUANTIZERS, method, "quantization method")
             found = {}
             for layer, parts in self.originals.items():
                 for p, w in parts.items():
-                    for fmt in Options().formats:
-                        m = moments[layer].of(p) if moments else None
-                        found[layer, p, fmt.name] = quantize(w, fmt, moments=m, seed=self.seed).dequantize()
-            self.seconds[f"quantize {method}, 3 formats"] = round(time.monotonic() - started, 1)
-            say(f"{method}: {self.seconds[f'quantize {method}, 3 formats']} s for 3 formats")
-            self.quantized[method] = found
-        return self.quantized[method]
+                    m = moments[layer].of(p) if moments else None
+                    g = moments[layer].gradients.get(p) if moments else None
+                    found[layer, p] = quantize(w, fmt, moments=m, gradients=g, seed=self.seed)
+            self.seconds[f"quantize {method} {fmt.name}"] = round(time.monotonic() - started, 1)
+            self.quantized[method, fmt] = found
+        return self.quantized[method, fmt]
 
-    def put(self, map_: Any, method: str) -> None:
-        """Load the model's experts with a map's dequantized values."""
-        values = self.values(method)
+    def put(self, map_: Any, method: str) -> dict[str, float]:
+        """Load the model's experts with a map's values, with scales tuned where the method says so; facts of that."""
+        plain, _, tuned = method.partition("+")
+        pieces: dict[tuple[int, str], list[tuple[list[int], QWeight]]] = {}
+        for layer in self.job.spec.layers:
+            for p in layer.projections:
+                by_format = members_by_format(map_, layer, p)
+                pieces[layer.layer, p] = [
+                    (es, self.values(plain, f)[layer.layer, p][es]) for f, es in by_format.items()
+                ]
+        facts = {}
+        if tuned:
+            self.restore()
+            started = time.monotonic()
+            found = tune_scales(self.model, self.job.spec, self.calibration.batches, pieces)
+            pieces, facts = found.pieces, {"held_before": found.before, "held_after": found.after}
+            facts["tune_seconds"] = round(time.monotonic() - started, 1)
         with torch.no_grad():
             for layer, module in model_layers(self.job.spec, self.model):
                 for p, w in weights(module).items():
-                    for e in range(layer.experts):
-                        w[e] = values[layer.layer, p, map_[LinearId(layer.layer, e, p)].name][e]
+                    for members, q in pieces[layer.layer, p]:
+                        w[members] = q.dequantize()
+        return facts
 
     def measure(self) -> dict[str, Any]:
         with torch.no_grad():
@@ -174,12 +202,12 @@ class Bench:
             fit = replace_options(self.job, avg_bits=average, per="expert").predicted_bytes
         job = replace_options(self.job, **{"seed": self.seed, "per": "expert"} | options, fit=fit)
         needs = options.get("allocate") not in ("uniform", "random")
-        sensitivity = self.sensitivity(job.options.sensitivity, method) if needs else None
+        sensitivity = self.sensitivity(job.options.sensitivity, method, job.options.formats) if needs else None
         map_ = solve(job, sensitivity)
-        self.put(map_, method)
+        tuning = self.put(map_, method)
         code_bits = map_.code_bits(job.spec) / job.spec.expert_params
         facts = {"bytes": job.fixed + map_.nbytes(job.spec), "budget": fit, "code_bits": code_bits, "map": map_.digest}
-        return {"arm": name, "average": average, "method": method, "seed": self.seed} | facts | self.measure()
+        return {"arm": name, "average": average, "method": method, "seed": self.seed} | facts | tuning | self.measure()
 
 
 def answered(rows: list[dict[str, torch.Tensor]], logits: list[torch.Tensor]) -> dict[str, float]:
@@ -218,7 +246,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=64, help="windows of text measured")
     parser.add_argument("--items", type=int, default=200, help="items of each task measured")
-    parser.add_argument("--methods", default="rtn,signround,gptq")
+    parser.add_argument("--methods", default="rtn,signround,gptq", help="quantizers; gptq+tune: and tune its scales")
     parser.add_argument("--averages", default=",".join(map(str, AVERAGES)))
     parser.add_argument("--only", default="", help="arms whose name contains one of these, by semicolons")
     parser.add_argument("--device", default="auto")
@@ -228,6 +256,7 @@ def main() -> None:
     if args.table:
         tables(args.table)
         return
+    QUANTIZERS.update(BESIDE)
     done = set()
     if args.output.exists():
         rows = [json.loads(line) for line in args.output.read_text().splitlines()]

@@ -51,6 +51,12 @@ def check_cases() -> list[tuple[str, Shape, tuple[int, ...], int, str, str]]:
     cases.append(("many tokens", Shape(512, 256, 8, 2), (2, 3, 4), 64, "bf16", "2000"))
     cases.append(("many tokens fp16 8 bits", Shape(512, 256, 8, 2), (3, 8), 128, "fp16", "2000"))
     cases.append(("many tokens odd", Shape(500, 236, 8, 2, True), (2, 3, 4, 8), 32, "bf16", "2000"))
+    for bits, group in (((2,), 32), ((3,), 64), ((6, 8), 128)):
+        cases.append((f"prompt {bits} group {group}", Shape(256, 128, 8, 3), bits, group, "bf16", "600"))
+    cases.append(("prompt 1000x424", Shape(1000, 424, 8, 4), (3,), 32, "bf16", "500"))
+    cases.append(("prompt 1280x896", Shape(1280, 896, 8, 6), (2, 3, 4), 64, "bf16", "333"))
+    cases.append(("prompt 2048x768", Shape(2048, 768, 16, 8), (2, 3, 4), 64, "bf16", "300"))
+    cases.append(("prompt clamped", Shape(496, 232, 8, 2, True), (2, 3, 4, 8), 32, "bf16", "2000"))
     return cases
 
 

@@ -95,7 +95,8 @@ class Server:
 
     def start(self, *arguments: object, **limits: Any) -> Running:
         """limits: file_bytes (RLIMIT_FSIZE); user (a uid); pause: "module:function" before which it waits once `after`
-        calls went through, leaving `stem.paused`, for a signal or (with `release`) for `stem.go`."""
+        calls went through, leaving `stem.paused`, for a signal or (with `release`) for `stem.go`; trace: what
+        traced.install is given."""
         if arguments[:1] == ("quantize",):  # without calibration where a test does not ask for it, as made.quantize
             given = {str(a).partition("=")[0] for a in arguments}
             arguments += tuple(
@@ -155,6 +156,7 @@ def child(request: dict[str, Any]) -> None:
     for fd, path in ((1, stem.with_suffix(".out")), (2, stem.with_suffix(".err"))):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts with & ignore it
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - open as long as the process
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     if "file_bytes" in request:
@@ -163,6 +165,10 @@ def child(request: dict[str, Any]) -> None:
     if "user" in request:
         os.setgid(request["user"])
         os.setuid(request["user"])
+    if "trace" in request:
+        import traced
+
+        traced.install(**request["trace"])
     if "pause" in request:
         pause_at(request["pause"], request.get("after", 0), request.get("release", False), request["stem"])
     sys.argv = ["mopeq", *request["run"]]

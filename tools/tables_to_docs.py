@@ -6,22 +6,28 @@ says when a block is stale.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from mopeq.alloc import ALLOCATORS, NO_BUDGET
+from mopeq.cli import app
 from mopeq.data import DATASETS
 from mopeq.evaluate import METRICS
 from mopeq.families import ADAPTERS, FAMILIES, NAMES, Family
+from mopeq.options import Options
 from mopeq.quant import QUANTIZERS
 from mopeq.sense import SENSORS
 from mopeq.tables import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "commands.md", ROOT / "docs" / "families.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("commands", "families", "options", "python")))
 TRIED = ROOT / "docs" / "families.json"  # written by tools/try_families.py
 
 
@@ -95,7 +101,88 @@ def plain(what: str, table: Mapping[str, Row]) -> str:
     return "\n".join(lines + [f"| `{name}` | {row.says.replace('|', '&#124;')} |" for name, row in table.items()])
 
 
+def options() -> str:
+    """Every verb of the command line: what it does, its arguments and options, its example."""
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return "\n\n".join(verb_options(name, verb) for name, verb in verbs.items())
+
+
+def verb_options(name: str, verb: Any) -> str:
+    words = [param.metavar or param.name.upper() for param in verb.params if param.param_type_name == "argument"]
+    lines = [f"## `mopeq {' '.join([name, *words])}`", "", verb.help.split("\f")[0].strip(), ""]
+    lines += ["| | what it is | default |", "|---|---|---|"]
+    for param in verb.params:
+        shown = ", ".join(f"`{word}`" for word in (param.opts if param.param_type_name == "option" else words))
+        known = param.default not in (None, "", False, ())
+        default = "" if not known or param.required else f"`{param.default}`"
+        said = param.help.replace("|", "&#124;")
+        lines.append(f"| {shown} | {said}{'; may be repeated' * repeats(param)} | {default} |")
+    example = [line.strip() for line in (verb.epilog or "").splitlines() if line.strip() and line.strip() != "Example:"]
+    return "\n".join([*lines, "", "```", *example, "```"])
+
+
+def repeats(param: Any) -> bool:
+    """Whether an option may be given again, and its own words do not say so."""
+    return bool(param.multiple) and "repeated" not in param.help
+
+
+def python_api() -> str:
+    """The functions that stand for verbs, with their docstrings, and the options of `plan` and `quantize`."""
+    from mopeq import stages
+    from mopeq.data.processor import load_processor
+    from mopeq.harness.lm_eval import language_model
+    from mopeq.harness.vlmevalkit import PackedVLM
+    from mopeq.verbs.evaluate import evaluate
+    from mopeq.verbs.map import show as show_map
+    from mopeq.verbs.report import write as write_report
+    from mopeq.verbs.run import answer
+    from mopeq.verbs.verify import verify
+
+    shown: dict[str, Callable[..., Any]] = {
+        "mopeq.plan": stages.plan,
+        "mopeq.quantize": stages.quantize,
+        "mopeq.evaluate": evaluate,
+        "mopeq.verbs.map.show": show_map,
+        "mopeq.verbs.run.answer": answer,
+        "mopeq.verbs.verify.verify": verify,
+        "mopeq.verbs.report.write": write_report,
+        "mopeq.data.processor.load_processor": load_processor,
+        "mopeq.harness.lm_eval.language_model": language_model,
+        "mopeq.harness.vlmevalkit.PackedVLM": PackedVLM,
+    }
+    parts = [described(name, function) for name, function in shown.items()]
+    lines = ["## Options of `plan` and `quantize`", "", "| keyword | default |", "|---|---|"]
+    lines += [f"| `{field.name}` | `{field.default!r}` |" for field in fields(Options)]
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def described(name: str, function: Callable[..., Any]) -> str:
+    """A heading, the call, and what its docstring says."""
+    text = inspect.getdoc(function) or ""
+    if isinstance(function, type):
+        text += "\n\nMethods: " + ", ".join(
+            m for m, f in vars(function).items() if not m.startswith("_") and callable(f)
+        )
+    call = call_of(name.rpartition(".")[2], function)
+    return f"## `{name}`\n\n```python\n{call}\n```\n\n```text\n{text}\n```"
+
+
+def call_of(name: str, function: Callable[..., Any]) -> str:
+    """The call as it is written, a parameter a line where one line is too long."""
+    signature = inspect.signature(function)
+    words = []
+    for parameter in signature.parameters.values():
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        words.append(f"{stars}{parameter.name}: {parameter.annotation}{default}")
+    result = "" if isinstance(function, type) else f" -> {signature.return_annotation}"
+    line = f"{name}({', '.join(words)}){result}"
+    return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(words) + f",\n){result}"
+
+
 BLOCKS = {
+    "options": options,
+    "python": python_api,
     "methods": methods,
     "families": families,
     "every_family": every_family,

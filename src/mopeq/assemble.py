@@ -15,13 +15,26 @@ from torch import Tensor
 
 from mopeq.checkpoint import read_header, read_json, shard_files
 from mopeq.errors import BadInput
-from mopeq.nouns import PADDING, Format, LinearId, MoELayer, MoESpec, OutputTensor, PrecisionMap, TensorInfo
+from mopeq.nouns import (
+    PADDING,
+    Format,
+    LinearId,
+    MoELayer,
+    MoESpec,
+    OutputTensor,
+    PrecisionMap,
+    TensorInfo,
+    digest_of,
+    members_by_format,
+)
 from mopeq.packed import (
     MANIFEST,
     MAP,
     RUN,
     index_json,
+    is_written,
     json_bytes,
+    mark_written,
     quantization_config,
     shard_names,
     split_shards,
@@ -29,11 +42,11 @@ from mopeq.packed import (
     write_safetensors,
 )
 from mopeq.plan import is_packable, kept_dtype, output_tensors
-from mopeq.quant.rtn import quantize as round_to_nearest
+from mopeq.quant.rtn import packed as rounded
 from mopeq.stream import TORCH_DTYPE, read_biases, read_tensor, refuse_sick
-from mopeq.tensors import QWeight, tensor_data
+from mopeq.tensors import Pieces, QWeight, tensor_data
 
-AT_A_TIME = 1 << 24  # weights of a matrix in float32 at a time
+AT_A_TIME = 1 << 20  # weights of a matrix dequantized at a time: what passes by stays in the caches
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -44,11 +57,6 @@ def kept_tensor(folder: Path, spec: MoESpec, name: str, other: Format | None) ->
     if other is None or not is_packable(info, role):
         tensor = tensor.to(TORCH_DTYPE[kept_dtype(info, role)])  # first: float32's largest are infinite in bf16
     return refuse_sick(name, tensor)
-
-
-def round_rows(w: Tensor, fmt: Format) -> QWeight:
-    """Round a matrix to nearest, a bounded number of its rows in float32 at a time."""
-    return QWeight.join([round_to_nearest(rows, fmt) for rows in w.split(max(1, AT_A_TIME // w.shape[1]))])
 
 
 class Supply:
@@ -62,6 +70,8 @@ class Supply:
             self.stored |= {name: (path, info) for name, info in read_header(path)[0].items()}
 
     def __call__(self, out: OutputTensor) -> memoryview | bytes:
+        if not out.nbytes:
+            return b""
         if out.name in self.stored:
             path, info = self.stored[out.name]
             with open(path, "rb") as file:
@@ -77,16 +87,24 @@ class Supply:
             assert self.other is not None and is_packable(self.spec.tensors[source], self.spec.roles[source])
             w = kept_tensor(self.folder, self.spec, source, self.other)
             try:
-                self.packed = {f"{stem}.{k}": v for k, v in round_rows(w, self.other).pack().items()}
+                self.packed = {f"{stem}.{k}": v for k, v in rounded(w, self.other).items()}
             except BadInput as problem:
                 raise BadInput(f"{source}: {problem.line}", problem.hint) from None
         return tensor_data(self.packed[out.name])
 
 
 def write_shards(
-    out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, supply: Supply, shard_bytes: int, step: Any
+    out: Path,
+    spec: MoESpec,
+    map_: PrecisionMap,
+    other: Format | None,
+    supply: Supply,
+    shard_bytes: int,
+    step: Any,
+    made_from: str,
 ) -> int:
-    """Write all shards and their index; returns the payload. `step(nbytes)` is told of progress."""
+    """Write all shards and their index; returns the payload. `step(nbytes)` is told of progress. Shards that another
+    run wrote from the same layers (their digest is `made_from`) are left as they are."""
     shards = split_shards(output_tensors(spec, map_, other), shard_bytes)
     names = shard_names(len(shards))
     for stale in (*out.glob("model*.safetensors"), *out.glob("model.safetensors.index.json")):
@@ -98,7 +116,12 @@ def write_shards(
         return supply(tensor)
 
     for name, shard in zip(names, shards, strict=True):
-        write_safetensors(out / name, shard, give)
+        digest = digest_of([made_from, other.name if other else None, [[t.name, t.dtype, t.shape] for t in shard]])
+        if is_written(out, name, digest):
+            step(sum(t.nbytes for t in shard))
+        else:
+            write_safetensors(out / name, shard, give)
+            mark_written(out, name, digest)
     if len(shards) > 1:
         write_atomic(out / "model.safetensors.index.json", json_bytes(index_json(shards)))
     return sum(t.nbytes for shard in shards for t in shard)
@@ -119,6 +142,22 @@ def write_layer(
     outputs = [OutputTensor(name, dtypes[t.dtype], tuple(t.shape)) for name, t in named.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, outputs, lambda o: tensor_data(named[o.name]))
+
+
+def read_layer_file(path: Path, layer: MoELayer, map_: PrecisionMap) -> Pieces:
+    """What `write_layer` wrote."""
+    header = read_header(path)[0]
+    found: Pieces = {}
+    for p in layer.projections:
+        pieces = found[layer.layer, p] = []
+        for fmt, members in members_by_format(map_, layer, p).items():
+            stems = [f"{layer.prefix}.{e}.{p}_proj" for e in members]
+            parts = {
+                k: torch.stack([read_tensor(path.parent, header[f"{stem}.{k}"]) for stem in stems])
+                for k in fmt.shapes(*layer.shapes[p])
+            }
+            pieces.append((members, QWeight.unpack(parts, fmt, *layer.shapes[p])))
+    return found
 
 
 def write_around(

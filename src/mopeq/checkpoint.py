@@ -5,10 +5,12 @@ Nothing here trusts a file: every way a header can lie gets its own line. No wei
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mopeq.nouns import DTYPE_BITS, TensorInfo, digest_of, tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # safetensors' own limit
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.py", "*.gguf", "*.onnx", "*.h5", "original/*", "metal/*"]  # copies, code
 
 
@@ -57,7 +60,11 @@ def find_folder(model: str | os.PathLike[str]) -> tuple[Path, str]:
 def read_json(path: Path) -> Any:
     """A JSON file; BadInput if it cannot be read or parsed."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if HALF.search(text):  # a surrogate: a whole character with its other half, else no text at all
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except OSError as problem:
         raise BadInput(f"{path} cannot be read: {problem.strerror}", "is this a checkpoint folder?") from None
     except (ValueError, RecursionError) as problem:
@@ -186,6 +193,34 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise BadInput(f"{INDEX} promises {name} in {file}, which has it not", "fetch the checkpoint again")
     rows = [[t.name, t.dtype, list(t.shape), t.file, t.offset] for t in tensors.values()]
     return Checkpoint(folder, config, tensors, digest_of([config, stamps, sorted(rows)]), header_bytes)
+
+
+def fingerprint(folder: Path, shards: Iterable[str]) -> dict[str, str]:
+    """{file: what would tell that it changed}: a shard's size and time of change, the sha256 of every file beside."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name in shards:
+            stat = path.stat()
+            found[path.name] = f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+        elif path.is_file() and not any(path.match(kind) for kind in (".*", "*.safetensors", *NOT_FETCHED)):
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def change_between(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """The first file that is not what it was, in words, or None."""
+    for name in sorted({*before, *now}):
+        if name not in now:
+            return f"{name} is gone"
+        if name not in before:
+            return f"{name} is new"
+        if before[name] != now[name]:
+            sizes = [each[name].partition(" bytes of ")[0] for each in (before, now)]
+            if " bytes of " in now[name] and sizes[0] != sizes[1]:
+                return f"{name} has {sizes[1]} bytes where it had {sizes[0]}"
+            return f"{name} was written anew" if " bytes of " in now[name] else f"{name} says something else"
+    return None
 
 
 def same_bytes(folder: Path, a: TensorInfo, b: TensorInfo) -> bool:

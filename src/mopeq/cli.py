@@ -15,6 +15,8 @@ import typer
 from mopeq import __version__
 from mopeq.alloc import ALLOCATORS
 from mopeq.errors import MopeqError
+from mopeq.evaluate.text import KIT, RULES
+from mopeq.export import EXPORTERS
 from mopeq.quant import QUANTIZERS
 from mopeq.sense import SENSORS
 from mopeq.tables import Row
@@ -47,8 +49,9 @@ Fit = Annotated[str | None, typer.Option(help="budget: bytes of all weights, lik
 Sens = Annotated[str, typer.Option("--sensitivity", help=choices(SENSORS))]
 Scope = Annotated[str, typer.Option(help="scores compared over the model or within each layer (kmeans, hybrid)")]
 Allocate = Annotated[str, typer.Option(help=choices(ALLOCATORS))]
-Per = Annotated[str, typer.Option(help="what shares a width: projection, expert, layer-projection, layer")]
+Per = Annotated[str, typer.Option(help="what shares a width: projection, gate-up, expert, layer-projection, layer")]
 Method = Annotated[str, typer.Option(help=choices(QUANTIZERS))]
+Tune = Annotated[str, typer.Option(help="none, or scales: tuned end to end on the calibration data, in memory")]
 Groups = Annotated[str, typer.Option("--group-size", help="weights that share a scale, like 64 or 64,128")]
 Other = Annotated[int, typer.Option("--other-bits", help="width of all other 2-D weights but routers: 4, 8 or 16")]
 MapFile = Annotated[Path | None, typer.Option("--map", help="a precision map to use instead of allocating")]
@@ -120,6 +123,7 @@ def quantize(
     group_size: Groups = "64",
     other_bits: Other = 16,
     map_: MapFile = None,
+    tune: Tune = "none",
     calib: Calib = None,
     calib_tokens: CalibTokens = 65536,
     seed: Seed = 0,
@@ -127,6 +131,9 @@ def quantize(
     device: Device = "auto",
     run: Annotated[Path | None, typer.Option(help="run directory to share between outputs")] = None,
     shard_size: Annotated[str, typer.Option(help="largest weight file, like 5GB")] = "5GB",
+    ray: Annotated[
+        str | None, typer.Option(help="address of a Ray cluster that shares the work, `auto`, or `local` for one here")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole line: MODEL to a packed checkpoint. Give the same command again to resume."""
@@ -147,6 +154,7 @@ def quantize(
         group_size=group_size,
         other_bits=other_bits,
         map=map_,
+        tune=tune,
         calib=tuple(calib or ()),
         calib_tokens=calib_tokens,
         seed=seed,
@@ -154,6 +162,7 @@ def quantize(
         device=device,
         run=run,
         shard_size=shard_size,
+        ray=ray,
     )
     emit(result, as_json, show_quantized)
 
@@ -206,7 +215,13 @@ def serve(
     serving.serve(out, engine, host, port, context.args)
 
 
-@app.command("eval", epilog=example("mopeq eval ./packed --against ./OLMoE-1B-7B --data text.jsonl"))
+@app.command(
+    "eval",
+    epilog=example(
+        "mopeq eval ./packed --against ./OLMoE-1B-7B --data text.jsonl",
+        "mopeq eval ./packed --data ChartQA_TEST.tsv --rules paper --lm-eval ./my_tasks",
+    ),
+)
 def eval_command(
     out: Out,
     against: Annotated[str | None, typer.Option(help="the original, for KL and agreement")] = None,
@@ -219,6 +234,10 @@ def eval_command(
     device: Device = "auto",
     save: Annotated[Path | None, typer.Option(help="write per-item records here (.jsonl)")] = None,
     max_memory: Memory = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="lm-evaluation-harness: a task, or a folder of task files")
+    ] = None,
+    rules: Annotated[str, typer.Option(help=f"of VLMEvalKit's benchmarks: {' or '.join(RULES)}")] = KIT,
     as_json: AsJson = False,
 ) -> None:
     """KL to the original, perplexity, top-1 agreement, and accuracy by task."""
@@ -235,6 +254,8 @@ def eval_command(
         device=device,
         save=save,
         max_memory=max_memory,
+        rules=rules,
+        lm_eval=lm_eval or [],
     )
     emit(result, as_json, show_evaluation)
 
@@ -264,6 +285,19 @@ def bench(
 
     result = benching.bench(out, shapes, tokens, bits, group_size, against, new_tokens, device, plot)
     emit(result, as_json, benching.show)
+
+
+@app.command(epilog=example("mopeq export ./packed --to dense -o ./dense"))
+def export(
+    out: Out,
+    to: Annotated[str, typer.Option(help=choices(EXPORTERS))],
+    directory: Annotated[Path, typer.Option("-o", "--output", help="new folder for the exported model")],
+    as_json: AsJson = False,
+) -> None:
+    """The packed checkpoint in another tool's format."""
+    from mopeq.verbs import export as exporting
+
+    emit(exporting.export(out, to, directory), as_json, exporting.show)
 
 
 @app.command(epilog=example("mopeq report ./packed -o report.html"))

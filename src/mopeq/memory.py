@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mopeq.nouns import MoELayer, MoESpec
-from mopeq.quant import QUANTIZERS
+from mopeq.quant import QUANTIZERS, moment_bytes
 from mopeq.sense import SENSORS
 
 if TYPE_CHECKING:
@@ -38,12 +38,6 @@ def stored_bytes(spec: MoESpec, layer: MoELayer) -> int:
     return sum(spec.tensors[name].nbytes for name in places)
 
 
-def moment_bytes(layer: MoELayer) -> int:
-    """The second moments of all its experts' inputs, in float32."""
-    intermediate, hidden = layer.shapes["up"]
-    return 4 * layer.experts * (hidden**2 + intermediate**2)
-
-
 def shown_bytes(layers: list[MoELayer], options: Options) -> int:
     """What a sensor and a calibrated quantizer hold of some layers beside their weights: candidates (a byte a weight
     and format), moments."""
@@ -51,13 +45,14 @@ def shown_bytes(layers: list[MoELayer], options: Options) -> int:
     if options.senses and SENSORS[options.sensitivity].by_method:
         candidates = len(options.formats) * sum(layer.params for layer in layers)
     if QUANTIZERS[options.method].needs_data:
-        moments = sum(moment_bytes(layer) for layer in layers)
+        moments = sum(moment_bytes(layer, QUANTIZERS[options.method].needs_gradients) for layer in layers)
     return candidates + moments
 
 
 def whole_bytes(spec: MoESpec, options: Options) -> int:
     """With the whole model in float32: what is fastest to show data to."""
-    return PROCESS + PASSING + 4 * spec.params + shown_bytes(list(spec.layers), options)
+    tuned = 12 * spec.expert_params if options.tune != "none" else 0  # originals, packed values and gradients beside
+    return PROCESS + PASSING + 4 * spec.params + max(tuned, shown_bytes(list(spec.layers), options))
 
 
 def loaded_bytes(spec: MoESpec, expert_bytes: int) -> int:

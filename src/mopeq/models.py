@@ -94,7 +94,7 @@ def packed_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a source stored packed in a way that mopeq unpacks itself; {} for every other checkpoint."""
     config = read_json(folder / "config.json")
     found = quantization_of(config) if isinstance(config, dict) else None
-    if not isinstance(found, dict) or found.get("quant_method") not in KINDS:
+    if not isinstance(found, dict) or str(found.get("quant_method")) not in KINDS:
         return {}
     tensors = unpacked(config, open_checkpoint(folder).tensors)[1]
     return tensors if any(isinstance(t, PackedTensor) for t in tensors.values()) else {}
@@ -113,7 +113,14 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | N
         options |= {"config": config, "state_dict": {name: widened(folder, t, dtype) for name, t in tensors.items()}}
     place = None if tensors else folder
     options |= {"local_files_only": True, "output_loading_info": True}
-    model, info = model_class(config).from_pretrained(place, dtype=dtype, **options)
+    try:
+        model, info = model_class(config).from_pretrained(place, dtype=dtype, **options)
+    except MopeqError:
+        raise
+    except Exception as problem:  # transformers raises whatever its loader raises
+        raise MopeqError(
+            f"{folder} does not load: {first_line(problem)}", "are its config, index and weights of one checkpoint?"
+        ) from None
     for kind in ("missing_keys", "mismatched_keys"):
         keys = info.get(kind)
         if keys:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -304,6 +304,7 @@ class Sensitivity:
     `cost_IF` has the spec's linears by rows and `formats` by columns: loss in nats per token where the method gives
     one, else a score times 4^-bits. `score_I` is the raw score of methods that know no formats (else None),
     `stderr_I` its standard error where there is one (`stderr_IF` that of costs that were measured per format).
+    `halves_HIF`: the costs by each half of the data alone, where there were halves.
     `tokens_LE`: calibration tokens seen per layer and expert (None without data); `tokens_by_modality` the same apart
     for "text" and "image".
     """
@@ -315,6 +316,7 @@ class Sensitivity:
     score_I: np.ndarray | None = None
     stderr_I: np.ndarray | None = None
     stderr_IF: np.ndarray | None = None
+    halves_HIF: np.ndarray | None = None
     tokens_LE: np.ndarray | None = None
     tokens_by_modality: Mapping[str, np.ndarray] = field(default_factory=dict)
     unit: str = "score"
@@ -331,6 +333,12 @@ def digest_of(value: Any) -> str:
 
 
 PADDING = "mopeq.padding"  # the stored tensor of a map's unused bytes
+
+
+def guard_name(prefixes: Iterable[str]) -> str:
+    """The stored tensor of no bytes that bears the name of a whole layer's experts in transformers' model: where mopeq
+    is not imported its shape fits nothing, so that loading fails instead of leaving the experts random."""
+    return f"{min(prefixes)}.down_proj"
 
 
 @dataclass(frozen=True)
@@ -431,6 +439,14 @@ class PrecisionMap:
                 f" ({len(wanted ^ given)} such in all)",
                 "a map fits only the model it was made for",
             )
+
+
+def members_by_format(map_: PrecisionMap, layer: MoELayer, projection: str) -> dict[Format, list[int]]:
+    """The layer's experts whose matrices have each format, in the order of the first of each."""
+    members: dict[Format, list[int]] = {}
+    for e in range(layer.experts):
+        members.setdefault(map_[LinearId(layer.layer, e, projection)], []).append(e)
+    return members
 
 
 def make_map(spec: MoESpec, formats: list[Format], nbytes: int | None = None) -> PrecisionMap:

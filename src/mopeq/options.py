@@ -17,6 +17,7 @@ from mopeq.sense import SENSORS
 from mopeq.tables import row
 
 DEFAULT_AVG_BITS = 3.0
+TUNE = ("none", "scales")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Options:
     group_size: str | int | tuple[int, ...] = 64
     other_bits: int = 16
     map: str | Path | None = None
+    tune: str = "none"
     calib: tuple[str | Path, ...] = ()
     calib_tokens: int = 65536
     seed: int = 0
@@ -41,11 +43,14 @@ class Options:
     device: str = "auto"
     run: str | Path | None = None
     shard_size: str | int = "5GB"
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         row(SENSORS, self.sensitivity, "sensitivity")
         row(ALLOCATORS, self.allocate, "allocator")
         row(QUANTIZERS, self.method, "quantization method")
+        if self.tune not in TUNE:
+            raise BadInput(f"--tune {self.tune} is not offered", f"choose from: {', '.join(TUNE)}")
         if self.per not in PER:
             raise BadInput(f"--per {self.per} is not offered", f"choose from: {', '.join(PER)}")
         if self.scope not in ("model", "layer"):
@@ -126,6 +131,7 @@ class Options:
             for flag, needs in (
                 (f"--sensitivity {self.sensitivity}", self.senses and SENSORS[self.sensitivity].needs_data),
                 (f"--method {self.method}", QUANTIZERS[self.method].needs_data),
+                (f"--tune {self.tune}", self.tune != "none"),
             )
             if needs
         ]

@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 MANIFEST = "mopeq_manifest.json"
 MAP = "precision_map.json"
 RUN = "mopeq_run.json"
+WRITTEN = ".mopeq/written"  # a note for each shard of an unfinished folder: what it was made from
 NOT_SEALED = {MANIFEST}  # the manifest cannot list itself
 
 
@@ -39,9 +40,19 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        sync_folder(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk know of a rename, so that a file made from this one is never there without it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -79,6 +90,22 @@ def write_safetensors(
                 )
             file.write(data)
     return 8 + len(raw)
+
+
+def written_note(out: Path, name: str, digest: str) -> bytes:
+    stat = (out / name).stat()
+    return json_bytes({"digest": digest, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+
+
+def is_written(out: Path, name: str, digest: str) -> bool:
+    """Whether that shard lies there as an earlier run of the same work wrote it."""
+    note = out / WRITTEN / f"{name}.json"
+    return note.exists() and (out / name).is_file() and note.read_bytes() == written_note(out, name, digest)
+
+
+def mark_written(out: Path, name: str, digest: str) -> None:
+    """Note what a shard was made from, and the file it is; a file that takes its place is another."""
+    write_atomic(out / WRITTEN / f"{name}.json", written_note(out, name, digest))
 
 
 def split_shards(outputs: Iterable[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:

@@ -23,11 +23,12 @@ from mopeq.nouns import (
     OutputTensor,
     PrecisionMap,
     TensorInfo,
+    guard_name,
     size_text,
     tensor_bytes,
 )
 
-PER = ("projection", "expert", "layer-projection", "layer")
+PER = ("projection", "gate-up", "expert", "layer-projection", "layer")
 
 
 def other_format(other_bits: int, group_size: int) -> Format | None:
@@ -82,6 +83,7 @@ def expert_outputs(spec: MoESpec, layer: MoELayer, map_: PrecisionMap) -> Iterat
 def output_tensors(spec: MoESpec, map_: PrecisionMap, other: Format | None) -> Iterator[OutputTensor]:
     """Everything the packed checkpoint holds, in the order it is written."""
     yield from other_outputs(spec, other)
+    yield OutputTensor(guard_name(layer.prefix for layer in spec.layers), "U8", (0,))
     for layer in spec.layers:
         yield from expert_outputs(spec, layer, map_)
     if map_.padding:
@@ -121,6 +123,7 @@ def make_problem(spec: MoESpec, formats: tuple[Format, ...], per: str) -> Proble
         raise BadInput(f"--per {per} is not offered", f"choose from: {', '.join(PER)}")
     keys = {
         "projection": lambda i: (i.layer, i.expert, i.projection),
+        "gate-up": lambda i: (i.layer, i.expert, i.projection == "down"),
         "expert": lambda i: (i.layer, i.expert),
         "layer-projection": lambda i: (i.layer, i.projection),
         "layer": lambda i: (i.layer,),

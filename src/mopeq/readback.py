@@ -1,26 +1,34 @@
-"""Read the finished folder back and compare: exit 0 with a broken model is the commonest fault of this field."""
+"""Read the finished folder back and compare: exit 0 with a broken model is the commonest fault of this field.
+
+Both models are the whole packed folder and the whole source's architecture, and every router answers; but what it
+answers is taken modulo a few experts of each layer, among which every format of every projection is found. So the
+reference has to hold no more than those, in float32, and reading back costs a fraction of making.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mopeq.assemble import PackedReader, dense_layer, dense_tensor, dense_tensors
 from mopeq.checkpoint import shard_files
 from mopeq.errors import MopeqError, first_line
 from mopeq.models import load_config, load_model, logits_of, model_class, quiet_transformers
-from mopeq.nouns import Format, MoESpec, PrecisionMap
+from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, PrecisionMap
 from mopeq.packed import unsealed_allowed
 from mopeq.progress import say
-from mopeq.seam import model_layers
+from mopeq.seam import Adapted, model_layers
 from mopeq.stream import read_tensor
 from mopeq.walk.parts import CannotWalk, Parts, empty_model
 from mopeq.walk.walking import Walk
 
 TOKENS = 16
+FEW = 8  # experts of a layer that are compared, more where that many do not hold all its formats
 TOLERANCE = 1e-3  # of the logits' spread, float32: widths, names or layouts gone wrong miss it by far
 
 
@@ -48,9 +56,101 @@ def load_dense(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other
     return model.eval()
 
 
-def dense_parts(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None) -> Parts:
-    """As `load_dense`, one layer at a time."""
-    reader = PackedReader(out)
+Few = Mapping[int, Sequence[int]]  # the experts of each layer that take part
+
+
+def few_experts(pairs: Sequence[tuple[MoELayer, Any]], map_: PrecisionMap, seed: int) -> Few:
+    """Some experts of each layer: every format of every projection is among them, and what more there are is drawn.
+
+    All of those whose weights are no stacks, or longer ones: their modules ask for all.
+    """
+    found: dict[int, list[int]] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for layer, module in pairs:
+        drawn = torch.randperm(layer.experts, generator=generator).tolist()
+        if not is_stacked(layer, module):
+            found[layer.layer] = sorted(drawn)
+            continue
+        new = [e for e in drawn if any(is_first(map_, layer, e, p, drawn) for p in layer.projections)]
+        rest = [e for e in drawn if e not in new]
+        found[layer.layer] = sorted(new + rest[: max(0, FEW - len(new))])
+    return found
+
+
+def is_stacked(layer: MoELayer, module: Any) -> bool:
+    return not isinstance(module, Adapted) and module.down_proj.shape[0] == layer.experts
+
+
+def is_first(map_: PrecisionMap, layer: MoELayer, e: int, p: str, drawn: list[int]) -> bool:
+    """Whether an expert is the first drawn that has its format of a projection."""
+    fmt = map_[LinearId(layer.layer, e, p)]
+    return e == next(other for other in drawn if map_[LinearId(layer.layer, other, p)] == fmt)
+
+
+def route_to(module: Any, experts: Sequence[int]) -> None:
+    """Have an experts module use these alone: the router's choices are taken modulo their number."""
+    own, chosen = module.forward, torch.tensor(experts)
+    module.forward = lambda x_TH, index_TK, weight_TK: own(x_TH, chosen[index_TK % len(chosen)], weight_TK)
+
+
+class FewReader(PackedReader):
+    """A packed folder that seems to hold a few experts of each layer alone, counted from 0."""
+
+    def __init__(self, out: Path, spec: MoESpec, few: Few):
+        super().__init__(out)
+        self.numbers = {f"{layer.prefix}.": few[layer.layer] for layer in spec.layers if layer.layer in few}
+
+    def read(self, name: str) -> Tensor:
+        for prefix, experts in self.numbers.items():
+            if name.startswith(prefix):
+                number, _, rest = name.removeprefix(prefix).partition(".")
+                if number.isdigit() and int(number) < len(experts):  # beyond are experts without matrices
+                    return super().read(f"{prefix}{experts[int(number)]}.{rest}")
+        return super().read(name)
+
+
+def few_of(spec: MoESpec, map_: PrecisionMap, few: Few) -> tuple[MoESpec, PrecisionMap]:
+    """The source and the map as if there were no other experts."""
+    layers, tensors, formats = [], dict(spec.tensors), dict(map_.formats)
+    for layer in spec.layers:
+        chosen = few.get(layer.layer, range(layer.experts))
+        layers.append(replace(layer, experts=len(chosen)))
+        for place in (*layer.places.values(), *layer.bias_places.values()):
+            for e in range(len(chosen), layer.experts) if place.per_expert else ():
+                tensors.pop(place.name(e), None)
+            if not place.per_expert:
+                info = spec.tensors[place.tensor]
+                rows = info.shape[0] * len(chosen) // layer.experts
+                tensors[place.tensor] = replace(info, shape=(rows, *info.shape[1:]))
+        for p in layer.projections:
+            for e in range(layer.experts):
+                del formats[LinearId(layer.layer, e, p)]
+            for e, original in enumerate(chosen):
+                formats[LinearId(layer.layer, e, p)] = map_[LinearId(layer.layer, original, p)]
+    return replace(spec, layers=tuple(layers), tensors=tensors), replace(map_, formats=formats)
+
+
+def keep_few(module: Any, all_: int, count: int) -> None:
+    """Shrink an experts module on meta to its first `count` experts."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.shape[0] == all_:
+            module._parameters[name] = nn.Parameter(parameter[:count], requires_grad=False)
+            module._parameters[name]._is_hf_initialized = True
+    route_to(module, range(count))
+
+
+def dense_parts(
+    source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None, seed: int
+) -> tuple[Parts, Few]:
+    """As `load_dense`, one layer at a time, with a few experts a layer, and which."""
+    model = empty_model(load_config(source), torch.float32)
+    pairs = model_layers(spec, model)
+    few = few_experts(pairs, map_, seed)
+    for layer, module in pairs:
+        if len(few[layer.layer]) < layer.experts:
+            keep_few(module, layer.experts, len(few[layer.layer]))
+    reader = FewReader(out, spec, few)
+    spec, map_ = few_of(spec, map_, few)
     layer_of = {
         place.name(e): layer
         for layer in spec.layers
@@ -63,11 +163,19 @@ def dense_parts(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, othe
             return next(value for _, value in dense_layer(reader, spec, layer_of[name], map_, name))
         return dense_tensor(reader, spec, other, name)
 
-    model = empty_model(load_config(source), torch.float32)
-    return Parts(model, model_layers(spec, model), spec.tensors, read)
+    return Parts(model, model_layers(spec, model), spec.tensors, read), few
 
 
-def packed_parts(out: Path) -> Parts:
+def route_packed(model: Any, quantizer: Any, spec: MoESpec, few: Few) -> None:
+    """Have a packed model use those experts alone."""
+    layers = {layer.prefix: layer for layer in spec.layers}
+    for name, prefix in quantizer.prefixes.items():
+        layer = layers[prefix]
+        if len(few[layer.layer]) < layer.experts:
+            route_to(model.get_submodule(name), few[layer.layer])
+
+
+def packed_parts(out: Path, spec: MoESpec, few: Few) -> Parts:
     """The packed folder's model, one layer at a time, by the modules and the code that serve it."""
     from mopeq.plugins.hf import MopeqConfig, MopeqQuantizer
 
@@ -76,6 +184,7 @@ def packed_parts(out: Path) -> Parts:
     quantizer = MopeqQuantizer(fields if isinstance(fields, MopeqConfig) else MopeqConfig.from_dict(fields))
     model = empty_model(config, torch.float32)
     quantizer.preprocess_model(model=model, dtype=torch.float32, checkpoint_files=[str(f) for f in shard_files(out)])
+    route_packed(model, quantizer, spec, few)
     experts = tuple(f"{prefix}." for prefix in quantizer.prefixes.values())
     names = [name for name in quantizer.tensors if not name.startswith(experts)]
     return Parts(model, (), names, lambda name: read_tensor(out, quantizer.tensors[name]), quantizer=quantizer)
@@ -100,31 +209,39 @@ def read_back(
     ids = some_tokens(load_config(source), seed)
     try:
         with unsealed_allowed():
-            found = loaded_logits(out, ids) if loads else walked_logits(packed_parts(out), ids)
-        wanted = walked_logits(dense_parts(source, out, spec, map_, other), ids)
+            parts, few = dense_parts(source, out, spec, map_, other, seed)
+            found = loaded_logits(out, ids, spec, few) if loads else walked_logits(packed_parts(out, spec, few), ids)
+        wanted = walked_logits(parts, ids)
     except CannotWalk as problem:
         say(f"read back: with the whole model in memory, since {problem.why}")
         with unsealed_allowed(), torch.no_grad():
-            found = loaded_logits(out, ids)
+            found = loaded_logits(out, ids, spec, {})
             wanted = logits_of(load_dense(source, out, spec, map_, other), ids).double()
+    except MopeqError:
+        raise
+    except Exception as problem:  # whatever a model's own code raises where its config does not fit its weights
+        raise MopeqError(
+            f"the packed checkpoint does not run: {first_line(problem)}",
+            "it was not sealed; try --other-bits 16, and please report this model",
+        ) from None
     return compare_logits(found, wanted)
 
 
 @torch.no_grad()
-def loaded_logits(out: Path, ids: Tensor) -> Tensor:
-    try:
-        model = load_model(out, torch.float32, "cpu")
-    except MopeqError:
-        raise
-    except Exception as problem:  # transformers raises whatever its loader raises
-        raise MopeqError(
-            f"the packed checkpoint does not load: {first_line(problem)}",
-            "it was not sealed; try --other-bits 16, and please report this model",
-        ) from None
+def loaded_logits(out: Path, ids: Tensor, spec: MoESpec, few: Few) -> Tensor:
+    """By plain `from_pretrained`. `few` may be empty: all experts take part."""
+    model = load_model(out, torch.float32, "cpu")
+    if few:
+        route_packed(model, model.hf_quantizer, spec, few)
     return logits_of(model, ids).double()
 
 
 def compare_logits(found: Tensor, wanted: Tensor) -> float:
+    if not torch.isfinite(wanted).all():
+        raise MopeqError(
+            "the model's logits are not finite, with its own weights rounded as they were packed",
+            "the source is damaged: some of its weights overflow when they are used",
+        )
     spread = float(wanted.std())
     worst = float((found - wanted).abs().max()) / max(spread, 1e-30)
     if not torch.isfinite(found).all() or not worst <= TOLERANCE:

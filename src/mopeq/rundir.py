@@ -2,7 +2,8 @@
 
     spec.json   sensitivity/<digest>.npz   maps/<digest>.json   quantized/<digest>/<layer>.safetensors   events.jsonl
 
-A stage whose digest is there is skipped; one whose digest is not is done (again), and said. Nothing is pickled.
+A stage whose digest is there is skipped; one whose digest is not is done (again), and said. A stage of many items keeps
+each as it is done (`Kept`), so that a run that was killed goes on behind the last of them. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,45 @@ import numpy as np
 
 from mopeq.errors import BadInput
 from mopeq.nouns import Format, LinearId, PrecisionMap, Sensitivity, digest_of
-from mopeq.packed import json_bytes, write_atomic
+from mopeq.packed import appearing, json_bytes, write_atomic
+
+REMAKE = "delete it; it is made again"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stage's items that are done, each a file of arrays, until the stage's own file is there. Without a folder
+    nothing is kept, and nothing is found."""
+
+    folder: Path | None = None
+
+    def save(self, item: str, arrays: Mapping[str, np.ndarray]) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with appearing(self.folder / f"{item}.npz") as file:
+                np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+
+    def has(self, item: str) -> bool:
+        return self.folder is not None and (self.folder / f"{item}.npz").exists()
+
+    def load(self, item: str) -> dict[str, np.ndarray] | None:
+        """An item's arrays, or None where it is not done; BadInput if its file is damaged."""
+        path = None if self.folder is None else self.folder / f"{item}.npz"
+        if path is None or not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as problem:
+            raise BadInput(f"{path} cannot be read: {problem}", REMAKE) from None
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether items of that many bytes leave most of the disk free; they are a convenience."""
+        return self.folder is not None and free_bytes(self.folder) > 4 * nbytes
+
+    def drop(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -52,14 +92,26 @@ class RunDir:
                 ) from None
             yield
 
+    def has_done(self, digest: str) -> bool:
+        """Whether a stage that leaves nothing to keep (a check) went well in an earlier run."""
+        return (self.path / "done" / digest).exists()
+
+    def set_done(self, digest: str) -> None:
+        write_atomic(self.path / "done" / digest, b"")
+
     # --------------------------------------------------------------------------------- sensitivity
 
     def sensitivity_path(self, digest: str) -> Path:
         return self.path / "sensitivity" / f"{digest}.npz"
 
+    def kept(self, digest: str) -> Kept:
+        """What a sensor has done of this sensitivity so far."""
+        return Kept(self.path / "sensitivity" / f"{digest}.parts")
+
     def save_sensitivity(self, digest: str, s: Sensitivity) -> None:
         arrays: dict[str, Any] = {"cost_IF": s.cost_IF}
-        arrays |= {k: v for k in ("score_I", "stderr_I", "stderr_IF", "tokens_LE") if (v := getattr(s, k)) is not None}
+        optional = ("score_I", "stderr_I", "stderr_IF", "halves_HIF", "tokens_LE")
+        arrays |= {k: v for k in optional if (v := getattr(s, k)) is not None}
         arrays |= {f"tokens_{name}": v for name, v in s.tokens_by_modality.items()}
         facts = {
             "method": s.method,
@@ -111,6 +163,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
                 arrays.get("score_I"),
                 arrays.get("stderr_I"),
                 arrays.get("stderr_IF"),
+                arrays.get("halves_HIF"),
                 arrays.get("tokens_LE"),
                 {name: arrays[f"tokens_{name}"] for name in facts["modalities"]},
                 facts["unit"],
@@ -118,12 +171,12 @@ def read_sensitivity(path: Path) -> Sensitivity:
                 tuple(facts["notes"]),
             )
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as problem:
-        raise BadInput(f"{path} cannot be read: {problem}", "delete it; it is made again") from None
+        raise BadInput(f"{path} cannot be read: {problem}", REMAKE) from None
 
 
 def stage_digest(stage: str, **inputs: Any) -> str:
     """The digest of all a stage's inputs; change the version here when a stage's result changes meaning."""
-    return digest_of({"stage": stage, "version": 1, **inputs})
+    return digest_of({"stage": stage, "version": 2, **inputs})
 
 
 def free_bytes(path: Path) -> int:

@@ -107,6 +107,9 @@ def show_evaluation(r: dict[str, Any]) -> None:
     if r["tasks"]:
         t = table("task", "score", "95 %", "n")
         for name, row in r["tasks"].items():
+            if "score" not in row:  # a harness's figures that are no mean of the items' scores
+                t.add_row(name, ", ".join(f"{figure} {number(value, 3)}" for figure, value in row.items()))
+                continue
             low, high = row["ci95"]
             t.add_row(name, number(row["score"], 3), f"{low:.3f} to {high:.3f}", str(row["n"]))
         out(t)

@@ -47,7 +47,7 @@ def unpacked(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tu
     as given where the source is not packed in a way this file knows. BadInput where a pair is broken."""
     found = quantization_of(config)
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method not in KINDS:
+    if not isinstance(method, str) or method not in KINDS:
         return dict(config), dict(tensors)
     folded = KINDS[method](found, tensors, value_dtype(config))
     if not any(isinstance(t, PackedTensor) for t in folded.values()):

@@ -20,7 +20,15 @@ import numpy as np
 
 from mopeq.alloc import ALLOCATORS
 from mopeq.alloc.reach import largest_code_total
-from mopeq.checkpoint import Checkpoint, find_folder, open_checkpoint, read_json, same_bytes
+from mopeq.checkpoint import (
+    Checkpoint,
+    change_between,
+    find_folder,
+    fingerprint,
+    open_checkpoint,
+    read_json,
+    same_bytes,
+)
 from mopeq.errors import BadInput
 from mopeq.families.standard import read_spec
 from mopeq.memory import allowed_bytes, available_memory, layer_bytes, loaded_bytes, whole_bytes
@@ -33,11 +41,12 @@ from mopeq.nouns import (
     PrecisionMap,
     Sensitivity,
     make_map,
+    members_by_format,
     parse_size,
     size_text,
 )
 from mopeq.options import Options
-from mopeq.packed import MANIFEST, RUN, check_sizes, json_bytes, read_manifest, write_atomic, write_manifest
+from mopeq.packed import MANIFEST, RUN, WRITTEN, check_sizes, json_bytes, read_manifest, write_atomic, write_manifest
 from mopeq.plan import (
     Problem,
     Target,
@@ -51,14 +60,18 @@ from mopeq.plan import (
     uniform_target,
 )
 from mopeq.progress import progress, say
-from mopeq.quant import QUANTIZERS
+from mopeq.quant import QUANTIZERS, sensed_as
 from mopeq.rundir import RunDir, free_bytes, stage_digest
 from mopeq.sense import SENSORS
 from mopeq.tables import pick
 
 if TYPE_CHECKING:
     from mopeq.data.calibration import Calibration
+    from mopeq.sense.scene import Scene
+    from mopeq.tune import Tuned
 
+SOURCE = ".mopeq/source.json"  # in OUT: the folder it is made from, and what lay there
+NO_BYTES = ("run", "device", "max_memory", "map", "calib", "fit", "ray")  # options that change none, or are told apart
 AT_A_TIME = 1 << 24  # weights that are quantized together, in float32
 NO_SENSE = ("uniform", "random")  # allocators that ask for no sensitivity
 
@@ -198,11 +211,16 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
     job, out = open_job(model, Options(**options)), Path(out)
     predicted = job.predicted_bytes  # whether the budget can be met is checked before anything else
     digest = job_digest(job)
+    before = refuse_changed(job, out)
     if (done := finished(out, digest)) is not None:
         say(f"{out} is already made, by the same command from the same source")
         return done
     check_out(job, out)
     check_ties(job)
+    if job.options.ray:
+        from mopeq import cluster
+
+        cluster.awake(job.options.ray)
     calibration = load_calibration(job)
     run = RunDir(Path(job.options.run) if job.options.run else out / ".mopeq")
     source = job.spec.nbytes
@@ -213,13 +231,19 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
             held.enter_context(RunDir(place).locked())
         if (done := finished(out, digest)) is not None:  # by another process, between the look above and the lock
             return done
-        claim(job, out)
+        claim(job, out, before)
         run.event("start", job=digest)
         write_atomic(run.path / "spec.json", json_bytes(forecast(job)))
-        check_weights(job)
+        checked = stage_digest(
+            "check", source=job.spec.digest, experts=checks_experts(job), other=job.options.other_bits
+        )
+        if not run.has_done(checked):
+            check_weights(job)
+            run.set_done(checked)
         sensitivity = None if skips_sense(job) else sense(job, run, calibration)
-        map_ = allocate(job, run, sensitivity)
+        map_, checked_map = allocate(job, run, sensitivity)
         files, notes = quantize_layers(job, run, map_, calibration)
+        files, tuned = tune_layers(job, run, map_, files, calibration)
         payload = write_checkpoint(job, out, map_, files)
         assert predicted is None or payload == predicted, f"planned {predicted} bytes, wrote {payload}"
         difference = check(job, out, map_)
@@ -233,14 +257,16 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
             "map": map_.digest,
             "counts": map_.counts(),
             "read_back": difference,
-            "notes": [*plan_notes(job), *(calibration.notes if calibration else ()), *notes],
+            "notes": [*plan_notes(job), *(calibration.notes if calibration else ()), *checked_map, *notes, *tuned],
             "seconds": round(time.monotonic() - started, 3),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+        refuse_changed(job, out)
         seal(job, out, digest, facts, calibration, sensitivity)
         run.event("done", job=digest)
     if not job.options.run:
         shutil.rmtree(out / ".mopeq" / "quantized", ignore_errors=True)
+    shutil.rmtree(out / WRITTEN, ignore_errors=True)
     for note in (*plan_notes(job), *notes):  # the calibration's were said when it was read
         say(f"note: {note}")
     say(f"{size_text(source)} -> {size_text(payload)} in {out}")
@@ -250,7 +276,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
 def job_digest(job: Job) -> str:
     """What a finished folder was made from: source and every option that changes its bytes."""
     o = job.options
-    asked = {k: v for k, v in vars(o).items() if k not in ("run", "device", "max_memory", "map", "calib", "fit")}
+    asked = {k: v for k, v in vars(o).items() if k not in NO_BYTES}
     asked |= {"bits": o.widths, "group_size": o.groups, "shard_size": parse_size(o.shard_size)}
     asked |= {
         "map": job.given_map.digest if job.given_map else None,
@@ -306,12 +332,35 @@ def check_out(job: Job, out: Path) -> None:
         )
 
 
-def claim(job: Job, out: Path) -> None:
+def refuse_changed(job: Job, out: Path) -> dict[str, str]:
+    """What the source is now, file by file. BadInput naming what changed in it since OUT was begun from it."""
+    now = fingerprint(job.folder, {t.file for t in job.checkpoint.tensors.values()})
+    there, files = begun_from(out)
+    if there == str(job.folder.resolve()) and (change := change_between(files, now)):
+        raise BadInput(
+            f"the source changed since {out} was begun: {change}",
+            f"put it back as it was, or delete {out} to start anew from what it is",
+        )
+    return now
+
+
+def begun_from(out: Path) -> tuple[str | None, dict[str, str]]:
+    """The folder that OUT was begun from, and its files then; (None, {}) where it was not."""
+    if not (out / SOURCE).exists():
+        return None, {}
+    body = read_json(out / SOURCE)
+    files = body.get("files") if isinstance(body, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(x, str) for x in (body.get("source"), *files.values())):
+        raise BadInput(f"{out / SOURCE} is damaged", f"delete {out} to start anew")
+    return body["source"], files
+
+
+def claim(job: Job, out: Path, files: dict[str, str]) -> None:
     """BadInput where OUT was begun from another source, whose tokenizer and licence would be sealed as this one's."""
-    origin, here = out / ".mopeq" / "made_from", str(job.folder.resolve())
-    if origin.exists() and (there := origin.read_text()) != here:
+    here, (there, _) = str(job.folder.resolve()), begun_from(out)
+    if there not in (None, here):
         raise BadInput(f"{out} holds an unfinished checkpoint of {there}", "choose another -o, or delete that folder")
-    write_atomic(origin, here.encode())
+    write_atomic(out / SOURCE, json_bytes({"source": here, "files": files}))
 
 
 def check_ties(job: Job) -> None:
@@ -356,7 +405,7 @@ def check_memory(job: Job) -> None:
     """BadInput where the memory allowed (or free) cannot hold one layer and what is done with it."""
     o, need = job.options, layer_bytes(job.spec, job.options)
     limit = available_memory() if o.memory_bytes is None else o.memory_bytes
-    if o.senses and o.sensitivity == "hutchinson":  # differentiates twice: not layer by layer
+    if (o.senses and o.sensitivity == "hutchinson") or o.tune != "none":  # not layer by layer
         need = whole_bytes(job.spec, o)
     if need > limit:
         allows = "the machine has free" if o.memory_bytes is None else "--max-memory allows"
@@ -371,18 +420,23 @@ def check_weights(job: Job) -> None:
     The routed experts are read again layer by layer, and are looked at then, unless a model of all of it runs first.
     """
     from mopeq.assemble import kept_tensor
-    from mopeq.stream import read_tensor, refuse_sick
+    from mopeq.stream import read_tensor, refuse_sick, refuse_wide
 
     spec = job.spec
     routed = {n for n in spec.tensors if spec.roles[n] == "routed expert"}
-    names = [n for n in spec.tensors if n not in routed or (job.options.needs_data and runs_whole(job))]
+    names = [n for n in spec.tensors if n not in routed or checks_experts(job)]
     with progress("check", sum(spec.tensors[n].nbytes for n in names), "bytes") as p:
         for name in names:
             if name in routed:
-                refuse_sick(name, read_tensor(job.folder, spec.tensors[name]))
+                refuse_wide(name, refuse_sick(name, read_tensor(job.folder, spec.tensors[name])))
             else:
                 kept_tensor(job.folder, spec, name, job.options.other)
             p.step(spec.tensors[name].nbytes)
+
+
+def checks_experts(job: Job) -> bool:
+    """Whether the weights of routed experts are looked at before all else."""
+    return bool(job.options.needs_data) and runs_whole(job)
 
 
 # ------------------------------------------------------------------------------------------------ stages
@@ -400,15 +454,34 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
         scope=o.scope if o.sensitivity == "hybrid" else None,
         seed=o.seed if needs_data else None,
         data=calibration.digest if calibration and needs_data else None,
-        quantizer=o.method if SENSORS[o.sensitivity].by_method else None,
+        quantizer=sensed_as(o.method) if SENSORS[o.sensitivity].by_method else None,
     )
     if (saved := run.load_sensitivity(digest)) is not None:
         say(f"sense: {o.sensitivity} taken from {run.sensitivity_path(digest)}")
+        run.kept(digest).drop()  # of a run that was killed when it was saved
         return saved
+    scene = scene_of(job, run, digest, calibration)
+    if o.ray:
+        from mopeq import cluster
+
+        cluster.sense(job, run, digest, scene)
+    sensor = pick(SENSORS, o.sensitivity, "sensitivity")
+    sensitivity: Sensitivity = by_layers_or_whole(job, lambda parts: sensor(replace(scene, parts=parts)))
+    if not (finite_I := np.isfinite(sensitivity.cost_IF).all(1)).all():
+        refuse_overflow(sensitivity.linears[int(finite_I.argmin())].layer)
+    run.save_sensitivity(digest, sensitivity)
+    scene.kept.drop()
+    run.event("sense", digest=digest)
+    return sensitivity
+
+
+def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None) -> Scene:
+    """What the job's sensor is given; what it keeps lies in the run directory by the digest."""
     from mopeq.sense.scene import Scene
 
-    shown = calibration if needs_data else None
-    scene = Scene(
+    o = job.options
+    shown = calibration if SENSORS[o.sensitivity].needs_data else None
+    return Scene(
         job.folder,
         job.spec,
         o.formats,
@@ -417,15 +490,18 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
         model=lambda attention: source_model(job, attention),
         batches=shown.batches if shown else (),
         data_digest=shown.digest if shown else "",
-        quantizer=o.method,
+        quantizer=sensed_as(o.method),
         memory_bytes=work_memory(job),
         scratch=run.path,
+        kept=run.kept(digest),
     )
-    sensor = pick(SENSORS, o.sensitivity, "sensitivity")
-    sensitivity: Sensitivity = by_layers_or_whole(job, lambda parts: sensor(replace(scene, parts=parts)))
-    run.save_sensitivity(digest, sensitivity)
-    run.event("sense", digest=digest)
-    return sensitivity
+
+
+def refuse_overflow(layer: int) -> None:
+    raise BadInput(
+        f"layer {layer}: what calibration sends through its experts is not finite in float32",
+        "the source is damaged, or the data is; data-free: --sensitivity hessian --method rtn",
+    )
 
 
 def source_model(job: Job, attention: str | None) -> Any:
@@ -471,16 +547,69 @@ def by_layers_or_whole(job: Job, work: Callable[[Any], Any]) -> Any:
         return work(None)
 
 
-def allocate(job: Job, run: RunDir, sensitivity: Sensitivity | None) -> PrecisionMap:
-    """The precision map, by the allocator asked for, at exactly the budget."""
+def allocate(job: Job, run: RunDir, sensitivity: Sensitivity | None) -> tuple[PrecisionMap, list[str]]:
+    """The precision map, by the allocator asked for, at exactly the budget; and what a user should know of it."""
     if job.given_map is not None:
-        return job.given_map
-    map_ = solve(job, sensitivity)
+        return job.given_map, []
+    map_, notes = decide(job, sensitivity)
     facts = {"sensitivity": job.options.sensitivity if sensitivity else None, "allocate": job.options.allocate}
     budget = vars(job.budget) if job.budget else None
     run.save_map(map_.digest, map_, facts | {"per": job.options.per, "scope": job.options.scope, "budget": budget})
     run.event("allocate", map=map_.digest)
-    return map_
+    for note in notes:
+        say(f"allocate: {note}")
+    return map_, notes
+
+
+def decide(job: Job, sensitivity: Sensitivity | None) -> tuple[PrecisionMap, list[str]]:
+    """The solved map, or one width for all where that spends the same and the map does no better on data it was not
+    made from; with a note that says so."""
+    map_ = solve(job, sensitivity)
+    if sensitivity is None or (uniform := same_total(job)) is None:
+        return map_, []
+    ratio, agree = held_back(job, sensitivity, uniform)
+    if ratio is None:
+        return map_, []
+    note = (
+        f"on the half of the calibration it was not made from, a map costs {ratio:.2f} of uniform {uniform.name};"
+        f" maps of both halves agree in {agree:.0%} of matrices"
+    )
+    if ratio < 1:
+        return map_, [note]
+    nbytes = None if job.target is None else job.target.expert_bytes
+    plain = make_map(job.spec, [uniform for _ in job.spec.linears], nbytes)
+    return plain, [f"{note}: every matrix gets {uniform.name}; more --calib-tokens would tell them apart"]
+
+
+def same_total(job: Job) -> Format | None:
+    """The one format which, given to every matrix, spends the same budget, if there is one."""
+    if job.options.allocate != "knapsack" or job.target is None:
+        return None
+    problem, target = job.problem, job.target
+    wanted = (
+        (problem.bytes_JF, target.expert_bytes) if target.code_bits is None else (problem.code_JF, target.code_bits)
+    )
+    return next((fmt for fmt, total in zip(problem.formats, wanted[0].sum(0), strict=True) if total == wanted[1]), None)
+
+
+def held_back(job: Job, sensitivity: Sensitivity, uniform: Format) -> tuple[float | None, float]:
+    """A map's cost over uniform's, on the half of the data it was not made from (mean of both ways round; None where
+    there are no halves, or nothing costs anything), and the share of matrices in which the halves' maps agree.
+
+    A map is chosen for looking cheap, so on the data it was chosen by it always does.
+    """
+    if sensitivity.halves_HIF is None:
+        return None, 0.0
+    problem = job.problem
+    maps = [solve(job, replace(sensitivity, cost_IF=half_IF)) for half_IF in sensitivity.halves_HIF]
+    column = {fmt: f for f, fmt in enumerate(problem.formats)}
+    choices = [np.array([column[m[i]] for i, _ in job.spec.linears]) for m in maps]
+    ratios = []
+    for half_IF, choice_I in zip(sensitivity.halves_HIF[::-1], choices, strict=True):
+        whole = half_IF[:, column[uniform]].sum()
+        if whole > 0:
+            ratios.append(half_IF[np.arange(len(choice_I)), choice_I].sum() / whole)
+    return (float(np.mean(ratios)) if ratios else None), float((choices[0] == choices[1]).mean())
 
 
 def solve(job: Job, sensitivity: Sensitivity | None) -> PrecisionMap:
@@ -525,12 +654,21 @@ def quantize_layers(
     files = {layer.layer: run.layer_path(digest, layer.layer) for layer in job.spec.layers}
     if done := [file for file in files.values() if file.exists()]:
         say(f"quantize: {len(done)} of {len(files)} layers taken from {run.path}")
-    if shown is None:
-        quantize_missing(job, map_, files, None, None)
-    else:
-        by_layers_or_whole(job, lambda parts: quantize_missing(job, map_, files, shown, parts))
+    if o.ray:
+        from mopeq import cluster
+
+        cluster.quantize(job, run, map_, files, data)
+    quantize_files(job, map_, files, calibration)
     notes = [file.with_suffix(".txt") for file in files.values()]
     return files, [note.read_text() for note in notes if note.exists()]
+
+
+def quantize_files(job: Job, map_: PrecisionMap, files: Mapping[int, Path], calibration: Calibration | None) -> None:
+    """Make those of some layers' files that are not there."""
+    if calibration is None or not QUANTIZERS[job.options.method].needs_data:
+        quantize_missing(job, map_, files, None, None)
+    elif not all(file.exists() for file in files.values()):
+        by_layers_or_whole(job, lambda parts: quantize_missing(job, map_, files, calibration, parts))
 
 
 def quantize_missing(
@@ -538,17 +676,26 @@ def quantize_missing(
 ) -> None:
     """Make the layers whose files are not there, and beside each a note where its experts saw no data."""
     from mopeq.assemble import write_layer
+    from mopeq.quant.apart import quantize_apart
 
-    todo = [layer for layer in job.spec.layers if not files[layer.layer].exists()]
+    todo = [layer for layer in job.spec.layers if layer.layer in files and not files[layer.layer].exists()]
     with progress(f"quantize: {job.options.method}", sum(layer.params for layer in todo), "weights") as p:
+        if shown is None:
+            o = job.options
+            last_first = todo[::-1]  # scores were read in the other order: what memory still caches comes first
+            for layer, apart in quantize_apart(job.folder, job.spec, last_first, map_, o.method, o.seed, p.step):
+                write_layer(files[layer.layer], job.spec, job.folder, layer, apart)
+            return
         for layer, weights, seen in layers_with_moments(job, todo, shown, parts):
             note = files[layer.layer].with_suffix(".txt")  # a file, to outlive a pause
             if seen is not None:
+                if not seen.finite:
+                    refuse_overflow(layer.layer)
                 if seen.starved:
                     starved = f"layer {layer.layer}: no calibration token reached experts {seen.starved}"
                     write_atomic(note, f"{starved}; tuned on the layer's mean".encode())
                 seen.fill_starved()
-            elif shown is not None:  # a head for multi-token prediction, say
+            else:  # a head for multi-token prediction, say
                 unbuilt = f"layer {layer.layer}: the model does not build it, so its experts saw no data"
                 write_atomic(note, f"{unbuilt}; rounded to nearest".encode())
             packed: dict[LinearId, dict[str, Any]] = {}
@@ -571,12 +718,14 @@ def layers_with_moments(
         from mopeq.sense.moments import collect, gather
         from mopeq.walk.walking import Walk
 
+        label_seed = job.options.seed if QUANTIZERS[job.options.method].needs_gradients else None
         if parts is None:
             model = source_model(job, None)
-            for layer, seen in collect(model, job.spec, shown.batches, work_memory(job), set(left)):
+            for layer, seen in collect(model, job.spec, shown.batches, work_memory(job), set(left), label_seed):
                 yield left.pop(layer.layer), read_layer(job.folder, job.spec, layer), seen
         else:
-            for layer, module, seen in gather(Walk(parts(False)), shown.batches, set(left)):
+            walking = Walk(parts(label_seed is not None))
+            for layer, module, seen in gather(walking, shown.batches, set(left), label_seed):
                 yield left.pop(layer.layer), weights(module), seen
     for layer in left.values():
         yield layer, read_layer(job.folder, job.spec, layer), None
@@ -587,24 +736,72 @@ def quantize_projection(
 ) -> dict[LinearId, dict[str, Any]]:
     """One projection of a layer's experts, those of a format together."""
     method = pick(QUANTIZERS, job.options.method, "quantization method")
-    by_format: dict[Format, list[int]] = {}
-    for e in range(len(w_ENC)):
-        by_format.setdefault(map_[LinearId(layer, e, projection)], []).append(e)
+    by_format = members_by_format(map_, job.spec.layer(layer), projection)
     packed: dict[LinearId, dict[str, Any]] = {}
     size = max(1, AT_A_TIME // (w_ENC.shape[1] * w_ENC.shape[2]))
     parts = [(f, all_[at : at + size]) for f, all_ in by_format.items() for at in range(0, len(all_), size)]
     for fmt, members in parts:
         m = None if moments is None else moments.of(projection)[members]
+        g = moments.gradients[projection][members] if moments is not None and moments.gradients else None
         w = w_ENC[members].float()
         w = w if m is None else w.to(m.device)
         try:
-            made = {k: v.cpu() for k, v in method(w, fmt, moments=m, seed=job.options.seed).pack().items()}
+            made = {k: v.cpu() for k, v in method(w, fmt, moments=m, gradients=g, seed=job.options.seed).pack().items()}
         except BadInput as problem:  # a range too wide: the largest weight is in the matrix to name
             widest = members[int(w.abs().flatten(1).amax(1).argmax())]
             name = f"{job.spec.layer(layer).prefix}.{widest}.{projection}_proj"
             raise BadInput(f"{name}: {problem.line}", problem.hint) from None
         packed |= {LinearId(layer, e, projection): {k: v[i] for k, v in made.items()} for i, e in enumerate(members)}
     return dict(sorted(packed.items()))
+
+
+def tune_layers(
+    job: Job, run: RunDir, map_: PrecisionMap, files: dict[int, Path], calibration: Calibration | None
+) -> tuple[dict[int, Path], list[str]]:
+    """The quantized layers with their scales tuned end to end, if that was asked for; as they are where it does not
+    lower the KL on held-back calibration. A note says which."""
+    if job.options.tune == "none":
+        return files, []
+    assert calibration is not None
+    made_from = {n: path.parent.name for n, path in files.items()}
+    digest = stage_digest("tune", layers=made_from, data=calibration.digest)
+    tuned = {n: run.layer_path(digest, n) for n in files}
+    said = run.layer_path(digest, 0).parent / "tuned.json"  # written last
+    if said.exists():
+        say(f"tune: taken from {said.parent}")
+        facts = read_json(said)
+    else:
+        found = tune_files(job, map_, files, tuned, calibration)
+        facts = {"before": found.before, "after": found.after}
+        write_atomic(said, json_bytes(facts))
+    better = facts["after"] < facts["before"]
+    note = f"scales tuned end to end: KL on held-back calibration {facts['before']:.4g} -> {facts['after']:.4g}"
+    return (tuned, [note]) if better else (files, [f"{note}, so they are left as they were"])
+
+
+def tune_files(
+    job: Job, map_: PrecisionMap, files: Mapping[int, Path], tuned: Mapping[int, Path], calibration: Calibration
+) -> Tuned:
+    from mopeq.assemble import read_layer_file, write_layer
+    from mopeq.tensors import Pieces
+    from mopeq.tune import hold_back, tune_scales
+
+    pieces: Pieces = {}
+    for layer in job.spec.layers:
+        pieces |= read_layer_file(files[layer.layer], layer, map_)
+    with progress("tune: scales", len(hold_back(calibration.batches)[0]), "batches") as p:
+        found = tune_scales(source_model(job, None), job.spec, calibration.batches, pieces, p.step)
+    for layer in job.spec.layers:
+        packed: dict[LinearId, dict[str, Any]] = {}
+        for projection in layer.projections:
+            for members, q in found.pieces[layer.layer, projection]:
+                parts = {k: v.cpu() for k, v in q.pack().items()}
+                packed |= {
+                    LinearId(layer.layer, e, projection): {k: v[i] for k, v in parts.items()}
+                    for i, e in enumerate(members)
+                }
+        write_layer(tuned[layer.layer], job.spec, job.folder, layer, dict(sorted(packed.items())))
+    return found
 
 
 def work_memory(job: Job) -> int:
@@ -620,7 +817,9 @@ def write_checkpoint(job: Job, out: Path, map_: PrecisionMap, files: Mapping[int
     supply = Supply(job.folder, job.spec, other, files)
     total = job.fixed + map_.nbytes(job.spec)
     with progress("write", total, "bytes") as p:
-        payload = write_shards(out, job.spec, map_, other, supply, parse_size(job.options.shard_size), p.step)
+        digest = stage_digest("write", layers={n: path.parent.name for n, path in files.items()})
+        size = parse_size(job.options.shard_size)
+        payload = write_shards(out, job.spec, map_, other, supply, size, p.step, digest)
     write_around(job.folder, out, job.spec, map_, other, payload)
     return payload
 
@@ -654,6 +853,7 @@ def seal(
         "source_digest": job.spec.digest,
         "options": options | {"calib": [str(p) for p in job.options.calib]},
         "versions": versions,
+        "threads": sys.modules["torch"].get_num_threads(),  # sums over calibration data are taken in their order
         "calibration": {"digest": calibration.digest, "tokens": calibration.tokens} if calibration else None,
         "sensitivity_notes": list(s.notes) if s else [],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +22,11 @@ PACKED_DTYPE = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what a 4-bit float (E2M1) can be; the fourth bit is the sign
+WIDEST = 65504.0 * 255  # the largest scale, the most steps
 E2M1 = (*POSITIVE, *(-value for value in POSITIVE))
+AHEAD = 16  # results that a thread may have ready for whoever takes them
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
@@ -57,9 +68,21 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 def refuse_sick(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself; BadInput if it holds NaN or infinity."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
-        raise BadInput(f"{name} holds {kind} weights", "the source is damaged; no quantizer can mend it")
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = tensor.aminmax()  # one pass, nothing to hold; NaN prevails in both
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            kind = "NaN" if bool(torch.isnan(low)) else "infinite"
+            raise BadInput(f"{name} holds {kind} weights", "the source is damaged; no quantizer can mend it")
+    return tensor
+
+
+def refuse_wide(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself; BadInput if it holds a weight that no format can express."""
+    if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > WIDEST:
+        raise BadInput(
+            f"{name} holds a weight of {float(tensor.abs().max()):.3g}, which needs a scale beyond fp16",
+            "the checkpoint holds outliers no fp16 scale can express; it is probably damaged",
+        )
     return tensor
 
 
@@ -89,3 +112,86 @@ def read_place(folder: Path, spec: MoESpec, place: Place, experts: int, cache: d
     if place.transposed:
         rows = rows.transpose(1, 2)
     return rows[:, place.part(rows.shape[1])]
+
+
+# ------------------------------------------------------------------------------------- expert by expert, on all cores
+
+
+def read_expert(folder: Path, spec: MoESpec, layer: MoELayer, e: int) -> dict[str, Tensor]:
+    """{projection: [out, in]} of one expert, each of its stored bytes read once. What is stored as a stack of all
+    experts is read in part; `can_read_expert` says where that is possible."""
+    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
+    for p, place in layer.places.items():
+        name = place.name(e)
+        if name not in stored:
+            info = spec.tensors[name]
+            tensor = read_tensor(folder, info if place.per_expert else one_of(info, e, layer.experts))
+            stored[name] = refuse_sick(name, tensor if place.per_expert or place.flat else tensor[0])
+        rows = stored[name].T if place.transposed else stored[name]
+        found[p] = rows[place.part(rows.shape[0])]
+    return found
+
+
+def can_read_expert(spec: MoESpec, layer: MoELayer) -> bool:
+    """Whether each expert's bytes lie apart: packed stacks have scales that run across."""
+    return all(place.per_expert or not isinstance(spec.tensors[place.name(0)], PackedTensor)
+               for place in layer.places.values())  # fmt: skip
+
+
+def one_of(info: TensorInfo, e: int, experts: int) -> TensorInfo:
+    """Where the e-th of a stack's equal parts lies."""
+    nbytes = info.nbytes // experts
+    shape = (info.shape[0] // experts, *info.shape[1:])
+    return replace(info, shape=shape, offset=info.offset + e * nbytes, nbytes=nbytes)
+
+
+def each_expert(
+    folder: Path, spec: MoESpec, layers: Sequence[MoELayer], work: Callable[[MoELayer, int, dict[str, Tensor]], Made]
+) -> Iterator[tuple[MoELayer, int, Made]]:
+    """(layer, expert, what `work(layer, expert, {projection: [out, in]})` made of it) in order, several at a time.
+
+    Every expert is worked at by one thread, so results do not depend on their number.
+    """
+    if all(can_read_expert(spec, layer) for layer in layers):
+        items = [(layer, e) for layer in layers for e in range(layer.experts)]
+        made = in_order(lambda item: work(*item, read_expert(folder, spec, *item)), items)
+        yield from ((*item, one) for item, one in zip(items, made, strict=True))
+        return
+    for layer in layers:
+        stacks = read_layer(folder, spec, layer)
+        part = partial(work_on_part, work, layer, stacks)
+        yield from ((layer, e, one) for e, one in enumerate(in_order(part, range(layer.experts))))
+
+
+def work_on_part(
+    work: Callable[[MoELayer, int, dict[str, Tensor]], Made], layer: MoELayer, stacks: dict[str, Tensor], e: int
+) -> Made:
+    return work(layer, e, {p: w[e] for p, w in stacks.items()})
+
+
+def in_order(work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """`map(work, items)` by as many threads as torch is allowed, each of which has torch to itself; results wait in
+    their order, and only a few of them."""
+    with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        todo = iter(items)
+        waiting: list[Future[Made]] = [pool.submit(work, item) for item in islice(todo, AHEAD * threads)]
+        try:
+            while waiting:
+                made = waiting.pop(0).result()
+                waiting += [pool.submit(work, item) for item in islice(todo, 1)]
+                yield made
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """How many threads torch is allowed; within the block an operation takes one of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)

@@ -108,24 +108,34 @@ class QWeight:
         zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts if q.zeros is not None])
         return cls(torch.cat([q.codes for q in parts]), torch.cat([q.scales for q in parts]), zeros, parts[0].format)
 
-    def __getitem__(self, index: int | slice) -> QWeight:
-        """One matrix of a batch, or a part of the batch (of the rows, where it is one matrix)."""
+    def __getitem__(self, index: int | slice | list[int]) -> QWeight:
+        """One matrix of a batch, or some of the batch (of the rows, where it is one matrix)."""
         zeros = None if self.zeros is None else self.zeros[index]
         return QWeight(self.codes[index], self.scales[index], zeros, self.format)
+
+
+Place = tuple[int, str]  # layer, projection
+Members = list[int]  # experts of a layer
+Pieces = dict[Place, list[tuple[Members, QWeight]]]  # projections' matrices, those of a format together
 
 
 def read_stored(folder: Path, info: TensorInfo, dtypes: Mapping[str, torch.dtype] = TORCH_DTYPE) -> Tensor:
     """A tensor as it lies on disk, read and not mapped, so that what is resident is what is held."""
     if info.dtype not in dtypes:
         raise BadInput(f"{info.name} has dtype {info.dtype}", "give a checkpoint in bf16, fp16 or float32")
-    data = bytearray(info.nbytes)
-    with open(folder / info.file, "rb") as file:
-        file.seek(info.offset)
-        if file.readinto(data) != info.nbytes:
-            raise BadInput(f"{info.file} ends inside {info.name}", "the file changed or was cut short")
-    if not data:
-        return torch.empty(info.shape, dtype=dtypes[info.dtype])
-    return torch.frombuffer(data, dtype=dtypes[info.dtype]).reshape(info.shape)
+    tensor = torch.empty(info.shape, dtype=dtypes[info.dtype])
+    if tensor.nbytes != info.nbytes:
+        raise BadInput(f"{info.name} has {info.nbytes} bytes for {tensor.nbytes}", "the file is damaged")
+    if tensor.numel():
+        with open(folder / info.file, "rb", buffering=0) as file:
+            file.seek(info.offset)
+            data, at = tensor_data(tensor), 0
+            while at < len(data):  # one call of the system's reads at most 2 GiB
+                got = file.readinto(data[at:])
+                if not got:
+                    raise BadInput(f"{info.file} ends inside {info.name}", "the file changed or was cut short")
+                at += got
+    return tensor
 
 
 def tensor_data(tensor: Tensor) -> memoryview:

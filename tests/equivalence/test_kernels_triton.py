@@ -86,3 +86,63 @@ def test_an_odd_shape_of_every_width() -> None:
         wanted = layer(x.double(), index, weight.double())
         found = ours.experts_forward(layer, x, index, weight).double()
         assert float((found - wanted).norm() / wanted.norm()) < 2e-3, bits
+
+
+@pytest.mark.parametrize(("pairs", "experts", "each"), [(1, 3, 8), (200, 8, 16), (513, 72, 128), (2500, 5, 256)])
+def test_pairs_are_sorted_and_cut_into_tiles(pairs: int, experts: int, each: int) -> None:
+    """Every pair of a known expert once, in the order of experts and pairs, `each` at most a tile."""
+    ids = torch.randint(-1, experts + 1, (pairs,), generator=torch.Generator().manual_seed(pairs))
+    order, expert, start, end = ours.routing(ids, experts, each)
+    wanted = [i for e in range(experts) for i in (ids == e).nonzero()[:, 0].tolist()]
+    assert order[: len(wanted)].tolist() == wanted
+    places = []
+    for e, a, b in zip(expert.tolist(), start.tolist(), end.tolist(), strict=True):
+        if e >= 0:
+            tile = range(a, min(b, a + each))
+            assert len(tile) > 0 and all(ids[order[i]] == e for i in tile)
+            places += list(tile)
+    assert places == list(range(len(wanted)))
+
+
+class Followed:
+    """In place of hopper_kernels.many, which only a GPU runs: the same from the same arguments, by plain torch."""
+
+    def __init__(self, real: Any, layer: Any):
+        self.names, self.layer, self.calls = real.arg_names, layer, 0
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def call(*args: Any, num_warps: int, **kwargs: Any) -> None:
+            given = dict(zip(self.names, args, strict=False)) | kwargs
+            assert len(given) == len(args) + len(kwargs) and set(given) == set(self.names)
+            tiles = given["tile_expert"].tolist()
+            assert grid == (-(-given["N"] // given["BN"]), len(tiles) * given["TILE"] // given["BM"])
+            for e, a, b in zip(tiles, given["tile_start"].tolist(), given["tile_end"].tolist(), strict=True):
+                if e >= 0:
+                    chosen = given["sorted_pairs"][a : min(b, a + given["TILE"])].long()
+                    self.tile(given, e, chosen, given["x"][chosen // given["CHOICES"]].double())
+            self.calls += 1
+
+        return call
+
+    def tile(self, given: dict[str, Any], e: int, chosen: torch.Tensor, rows: torch.Tensor) -> None:
+        sides = ["gate", "up"] if given["P"] == 0 else ["down"]
+        y = [rows @ self.layer.qweight(e, p).dequantize(torch.float64).T for p in sides]
+        done = torch.nn.functional.silu(y[0]) * y[1] if given["P"] == 0 else y[0]
+        given["h"].view(-1, given["N"])[chosen] = done.to(given["h"].dtype)
+
+
+def test_what_the_prompt_kernels_are_given(monkeypatch: Any) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from mopeq.kernels import hopper, hopper_kernels
+
+    shape = Shape(64, 32, 4, 2)
+    layer = random_experts(shape, (2, 3, 4), seed=3)
+    index, weight = random_routing(shape, 150, 3)
+    index[::9, 0] = -1
+    x = torch.randn(150, 64, generator=torch.Generator().manual_seed(3)).half()
+    wanted = layer(x.double(), index, weight.double())
+    followed = Followed(hopper_kernels.many, layer)
+    monkeypatch.setattr(hopper_kernels, "many", followed)
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    found = ours.experts_forward(layer, x, index, weight)
+    assert followed.calls == 2 and distance(found, wanted) < 2e-3

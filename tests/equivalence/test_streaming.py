@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from torch import Tensor
 
 import mopeq.embedded
 import mopeq.models
+from mopeq import readback
 from mopeq.data.encode import model_inputs
-from mopeq.errors import BadInput
+from mopeq.errors import BadInput, MopeqError
 from mopeq.memory import layer_bytes, whole_bytes
 from mopeq.models import load_model
+from mopeq.nouns import LinearId
 from mopeq.options import Options
+from mopeq.packed import read_map
 from mopeq.progress import silence
 from mopeq.seam import Seen, plain_forward, watch
 from mopeq.sense import SENSORS
@@ -180,11 +184,11 @@ def test_sensitivities_are_the_same_bit_for_bit(kind: str, sensor: str, quantize
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
-def test_the_line_writes_the_same_bytes_within_less_memory(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "method"), [("olmoe", "signround"), ("gpt_oss", "signround"), ("olmoe", "twosided")])
+def test_the_line_writes_the_same_bytes_within_less_memory(kind: str, method: str, tmp_path: Path) -> None:
     """Where `--max-memory` has no room for the whole model, the layers are walked; nothing else differs."""
     text = tiny.write_text(tmp_path / "calib.txt")
-    asked = {"sensitivity": "fisher", "method": "signround", "calib": (text,), "calib_tokens": 600}
+    asked = {"sensitivity": "fisher", "method": method, "calib": (text,), "calib_tokens": 600}
     job = open_job(folder_of(kind), Options(**asked))
     least = layer_bytes(job.spec, job.options)
     assert least < whole_bytes(job.spec, job.options)
@@ -246,3 +250,40 @@ def test_a_batch_that_fails_ends_the_walk() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch ")]
     assert all(p.module.forward == before[p.name] for p in walk.parts.parts)
     assert all(t.is_meta for p in walk.parts.parts if p.streamed for t in p.module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss", "qwen3_vl_moe", "deepseek_v2"])
+def test_read_back_takes_a_few_experts_of_every_format(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison holds, loaded or walked; and it fails where a stored matrix is taken for another one's."""
+    out, _ = made.packed(kind)
+    spec, map_ = open_job(made.source(kind), Options()).spec, read_map(out)
+    monkeypatch.setattr(readback, "FEW", 2)
+    pairs = [(layer, None) for layer in spec.layers]
+    monkeypatch.setattr(readback, "is_stacked", lambda layer, module: True)
+    few = readback.few_experts(pairs, map_, 0)
+    for layer in spec.layers:
+        assert 2 <= len(few[layer.layer]) < layer.experts
+        for p in layer.projections:
+            found, all_ = (
+                {map_[LinearId(layer.layer, e, p)] for e in s} for s in (few[layer.layer], range(layer.experts))
+            )
+            assert found == all_
+    for loads in (True, False):
+        with silence():
+            away = readback.read_back(made.source(kind), out, spec, map_, None, 0, loads)
+        assert away < 1e-4
+    original = readback.dense_layer
+
+    def swapped(reader: Any, spec: Any, layer: Any, map_: Any, only: str) -> Any:
+        """Gate's and up's places in the source exchanged, in the last layer alone."""
+        if layer == spec.layers[-1]:
+            places = dict(layer.places)
+            places["gate"], places["up"] = places["up"], places["gate"]
+            layer = replace(layer, places=places)
+        return original(reader, spec, layer, map_, only)
+
+    monkeypatch.setattr(readback, "dense_layer", swapped)
+    with pytest.raises(MopeqError, match="differ"), silence():
+        readback.read_back(made.source(kind), out, spec, map_, None, 0, False)

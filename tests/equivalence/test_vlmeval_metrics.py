@@ -7,10 +7,10 @@ made of them.
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 from shared_files import shared
+from vlmeval_kit import EXPECTED, flat
 
 from mopeq.data.readers import read
 from mopeq.evaluate.tasks import run_tasks, score
@@ -20,21 +20,6 @@ BENCHMARKS = (
     *("AI2D_TEST", "COCO_VAL", "ChartQA_TEST", "DocVQA_VAL", "InfoVQA_VAL", "MME"),
     *("MMMU_DEV_VAL", "OCRBench", "OCRVQA_TESTCORE", "POPE", "TextVQA_VAL"),
 )
-EXPECTED = {PAPER: "expected_seed2025.json", KIT: "expected_msvlmeval0020.json"}
-
-
-def flat(said: dict | list) -> dict[str, float]:
-    """The kit's table (rows of one or several splits, or a dict) in our names, without its empty cells."""
-    out = {}
-    for row in said if isinstance(said, list) else [said]:
-        split = row.get("split", "none")
-        prefix = "" if split in ("none", "Overall") else f"{split}/"
-        for name, value in row.items():
-            if name == "Bleu":
-                out |= {f"Bleu_{n}": one for n, one in enumerate(value, 1)}
-            elif name != "split" and not math.isnan(value):
-                out[prefix + name] = value
-    return out
 
 
 @pytest.mark.parametrize("rules", [PAPER, KIT])

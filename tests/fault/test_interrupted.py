@@ -179,9 +179,11 @@ def test_another_budget_takes_the_saved_sensitivity(tmp_path: Path) -> None:
     assert alone.code == 0 and digests(tmp_path / "b") == digests(tmp_path / "c")
 
 
-def test_a_source_that_changed_is_done_again(tmp_path: Path) -> None:
+def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
+    """By name; in another OUT it is welcome, and nothing of the old source is taken."""
     folder, out = copy(source("olmoe"), tmp_path / "model"), tmp_path / "out"
-    running = server().start("quantize", folder, "-o", out, *ASKED, pause="mopeq.stages:write_checkpoint")
+    run = ("--run", tmp_path / "run")
+    running = server().start("quantize", folder, "-o", out, *ASKED, *run, pause="mopeq.stages:write_checkpoint")
     assert running.wait_until(running.stem.with_suffix(".paused").exists)
     running.signal(signal.SIGINT)
     running.wait()
@@ -190,11 +192,13 @@ def test_a_source_that_changed_is_done_again(tmp_path: Path) -> None:
     raw[-2:] = b"\x40\x40"  # the last weight is now 3.0
     shard.write_bytes(raw)
     os.utime(shard, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns + 10**9))
-    ended = mopeq("quantize", folder, "-o", out, *ASKED)
-    assert ended.code == 0 and "taken from" not in ended.err
+    error, hint = mopeq("quantize", folder, "-o", out, *ASKED, *run).refused()
+    assert "the source changed" in error and shard.name in error and str(out) in hint
+    other = mopeq("quantize", folder, "-o", tmp_path / "other", *ASKED, *run)
+    assert other.code == 0 and "taken from" not in other.err
     clean = mopeq("quantize", folder, "-o", tmp_path / "clean", *ASKED)
-    assert clean.code == 0 and stored(out) == stored(tmp_path / "clean")
-    assert digests(out) != undisturbed()
+    assert clean.code == 0 and stored(tmp_path / "other") == stored(tmp_path / "clean")
+    assert digests(tmp_path / "other") != undisturbed()
 
 
 def test_another_model_does_not_go_on_where_one_was_interrupted(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import write_shard
 
-from mopeq.checkpoint import find_folder, open_checkpoint, read_header, shard_files
+from mopeq.checkpoint import change_between, find_folder, fingerprint, open_checkpoint, read_header, shard_files
 from mopeq.errors import BadInput
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -291,3 +291,36 @@ def test_headers_are_read_and_not_the_weights(tmp_path: Path) -> None:
         except OSError:
             pytest.skip("this file system holds no sparse file of a tebibyte")
     assert read_header(path)[0]["a"].nbytes == size
+
+
+# ------------------------------------------------------------------------------------------------ what changed
+
+
+def test_what_changed_in_a_source_is_named(tmp_path: Path) -> None:
+    """Shards by size and time, small files by what they say; what mopeq never reads does not count."""
+    shard = write_shard(tmp_path / "model.safetensors", {"a": ENTRY}, bytes(24))
+    (tmp_path / "config.json").write_text("{}")
+    shards = {shard.name}
+    before = fingerprint(tmp_path, shards)
+
+    def change() -> str | None:
+        return change_between(before, fingerprint(tmp_path, shards))
+
+    for name in ("remote_code.py", "pytorch_model.bin", ".hidden", "other.safetensors"):
+        (tmp_path / name).write_text("x")
+    os.utime(tmp_path / "config.json")
+    assert change() is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert change() == "tokenizer.json is new"
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "config.json").write_text("[]")
+    assert change() == "config.json says something else"
+    (tmp_path / "config.json").unlink()
+    assert change() == "config.json is gone"
+    (tmp_path / "config.json").write_text("{}")
+    stat = shard.stat()
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 5))
+    assert change() == "model.safetensors was written anew"
+    write_shard(shard, {"a": ENTRY, "__metadata__": {}}, bytes(24))
+    said = change()
+    assert said is not None and f"has {shard.stat().st_size} bytes where it had {stat.st_size}" in said

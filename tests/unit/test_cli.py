@@ -197,7 +197,7 @@ def test_flags_of_the_contract() -> None:
     assert bytes_flags <= flags["plan"]
     assert flags["quantize"] >= bytes_flags | {
         "-o", "--sensitivity", "--scope", "--method", "--map", "--calib", "--calib-tokens", "--seed", "--max-memory",
-        "--device", "--run", "--shard-size",
+        "--device", "--run", "--shard-size", "--ray",
     }  # fmt: skip
     assert flags["map"] >= {"--avg-bits", "--fit", "--json"} and flags["run"] >= {"--prompt", "--image", "--json"}
     assert flags["eval"] >= {"--against", "--data", "--window", "--tasks", "--json"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_data
 import torch
 
+import mopeq.evaluate.generate as generate_module
 from mopeq.data.encode import encode_prompt
 from mopeq.data.processor import load_processor, tokenizer_of
 from mopeq.data.readers import Item
@@ -115,3 +118,30 @@ def test_collating_pads_tokens_on_the_left_and_joins_the_rest() -> None:
     assert batch["input_ids"].tolist() == [[3, 5, 6], [7, 8, 9]]
     assert batch["seen"].tolist() == [[False, True, True], [True] * 3] and batch["seen"].dtype == torch.bool
     assert batch["pixel_values"].shape == (12, 2) and batch["pixel_values"].sum() == 8
+
+
+def test_benchmarks_are_asked_in_the_familys_manner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their length and crops are the kit's for the family; other data keeps the checkpoint's; answers stay in order."""
+    seen: list[tuple[int, list[str], int]] = []
+
+    def say(model: Any, processor: Any, items: list[Item], new_tokens: int) -> list[str]:
+        seen.append((processor.max_crops, [item.source for item in items], new_tokens))
+        return [f"{item.source}." for item in items]
+
+    monkeypatch.setattr(generate_module, "generate", say)
+    items = [
+        Item(messages=[{"role": "user", "content": [{"type": "text", "text": "q"}]}], meta={"dataset": d, "source": d})
+        for d in ("ChartQA_TEST", "world", "DocVQA_VAL")
+    ]
+    processor = SimpleNamespace(max_crops=12)
+
+    def answers(family: str) -> list[str]:
+        return answerer(SimpleNamespace(config=SimpleNamespace(model_type=family)), processor, 5)(items)
+
+    assert answers("molmo") == ["ChartQA_TEST.", "world.", "DocVQA_VAL."]
+    assert seen == [(12, ["world"], 5), (36, ["ChartQA_TEST", "DocVQA_VAL"], 200)]
+    assert processor.max_crops == 12
+    seen.clear()
+    assert answers("deepseek_vl_v2") == ["ChartQA_TEST", "world.", "DocVQA_VAL"]  # a last full stop is not read
+    assert answers("olmoe") == ["ChartQA_TEST.", "world.", "DocVQA_VAL."]
+    assert [(crops, most) for crops, _, most in seen] == [(12, 5), (12, 512)] * 2

@@ -20,7 +20,9 @@ from mopeq.packed import (
     check_experts,
     check_sizes,
     index_json,
+    is_written,
     json_bytes,
+    mark_written,
     quantization_config,
     read_manifest,
     read_map,
@@ -273,3 +275,23 @@ def test_headers_are_padded_with_spaces_only(tmp_path: Path) -> None:
     raw = (tmp_path / "x.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     assert raw[8 : 8 + length].rstrip(b" ").endswith(b"}}")
+
+
+# ------------------------------------------------------------------------------------------ notes of shards
+
+
+def test_a_shard_is_known_by_what_it_was_made_from(tmp_path: Path) -> None:
+    """And by the file itself: one that took its place, was cut short or touched is another."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    assert not is_written(tmp_path, path.name, "abc")
+    mark_written(tmp_path, path.name, "abc")
+    assert is_written(tmp_path, path.name, "abc") and not is_written(tmp_path, path.name, "abd")
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert not is_written(tmp_path, path.name, "abc")
+    mark_written(tmp_path, path.name, "abc")
+    path.write_bytes(b"weight")
+    assert not is_written(tmp_path, path.name, "abc")
+    path.unlink()
+    assert not is_written(tmp_path, path.name, "abc")

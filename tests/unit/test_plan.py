@@ -167,6 +167,7 @@ def tied(spec: MoESpec, per: str, map_: Any) -> None:
     """What `--per` ties has one format."""
     keys = {
         "projection": lambda i: i,
+        "gate-up": lambda i: (i.layer, i.expert, i.projection == "down"),
         "expert": lambda i: (i.layer, i.expert),
         "layer-projection": lambda i: (i.layer, i.projection),
         "layer": lambda i: i.layer,
@@ -378,7 +379,7 @@ def test_kv_cache() -> None:
 
 def test_ties_follow_make_problem() -> None:
     spec = olmoe(layers=2, experts=3)
-    sizes = {"projection": 18, "expert": 6, "layer-projection": 6, "layer": 2}
+    sizes = {"projection": 18, "gate-up": 12, "expert": 6, "layer-projection": 6, "layer": 2}
     for per, count in sizes.items():
         p = make_problem(spec, Options().formats, per)
         assert p.bytes_JF.shape == (count, 3)

@@ -17,7 +17,7 @@ from warm import SOURCES
 
 from mopeq.errors import BadInput
 from mopeq.nouns import Format, PrecisionMap, Sensitivity, make_map
-from mopeq.rundir import RunDir, free_bytes, read_sensitivity, stage_digest
+from mopeq.rundir import Kept, RunDir, free_bytes, read_sensitivity, stage_digest
 
 SPEC = olmoe(layers=2, experts=3)
 FORMATS = (Format(2), Format(3, 32), Format(4, 64, "s"))
@@ -149,3 +149,50 @@ def test_free_disk_of_a_place_that_is_not_there_yet(tmp_path: Path) -> None:
     stats = os.statvfs(tmp_path)
     found = free_bytes(tmp_path / "not" / "yet")
     assert 0 < found <= stats.f_blocks * stats.f_frsize
+
+
+# ------------------------------------------------------------------------------------------- items of a stage
+
+
+def test_items_are_kept_until_their_stage_is_there(tmp_path: Path) -> None:
+    kept = RunDir(tmp_path).kept("abc")
+    assert kept.load("batch-0") is None and not kept.has("batch-0")
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "of.two": np.array([1, 2], np.uint8)}
+    kept.save("batch-0", arrays)
+    found = kept.load("batch-0")
+    assert found is not None and kept.has("batch-0") and set(found) == set(arrays)
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
+    assert RunDir(tmp_path).kept("other").load("batch-0") is None
+    kept.drop()
+    assert not kept.has("batch-0") and not list((tmp_path / "sensitivity").iterdir())
+
+
+def test_a_damaged_item_is_named(tmp_path: Path) -> None:
+    kept = RunDir(tmp_path).kept("abc")
+    kept.save("layer-1", {"mean": np.ones(50)})
+    path = next(tmp_path.rglob("layer-1.npz"))
+    raw = path.read_bytes()
+    for data in (raw[:40], b"", raw[:-30], raw[:60] + b"xx" + raw[62:]):
+        path.write_bytes(data)
+        with pytest.raises(BadInput, match=r"layer-1\.npz") as refused:
+            kept.load("layer-1")
+        assert "made again" in refused.value.hint
+
+
+def test_nothing_is_kept_without_a_folder() -> None:
+    kept = Kept()
+    kept.save("batch-0", {"a": np.ones(1)})
+    assert kept.load("batch-0") is None and not kept.has("batch-0") and not kept.has_room(1)
+    kept.drop()
+
+
+def test_room_for_items(tmp_path: Path) -> None:
+    kept = Kept(tmp_path)
+    assert kept.has_room(1) and not kept.has_room(free_bytes(tmp_path) // 3)
+
+
+def test_checks_that_went_well_are_remembered(tmp_path: Path) -> None:
+    assert not RunDir(tmp_path).has_done("abc")
+    RunDir(tmp_path).set_done("abc")
+    assert RunDir(tmp_path).has_done("abc") and not RunDir(tmp_path).has_done("abd")

@@ -24,7 +24,6 @@ VOCABULARIES = (
     *("*.tiktoken", "tiktoken.model", "*.spm", "spiece.model", "sentencepiece.bpe.model"),
 )
 PICTURE_FILES = ("processor_config.json", "preprocessor_config.json")
-UNLOADABLE = (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what from_pretrained raises
 log = logging.getLogger("mopeq")
 _declared: list[torch.library.Library] = []  # a library's operators live as long as the object does
 
@@ -46,7 +45,7 @@ def load_processor(folder: str | Path) -> Any:
     loader: Any = AutoProcessor if pictures else AutoTokenizer
     try:
         return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except UNLOADABLE as error:
+    except Exception as error:  # transformers raises whatever a damaged tokenizer, processor or config file leads to
         said = str(error).lower()  # an ImportError, ValueError or OSError, by the files it finds
         if pictures and ("torchvision" in said or "video processor" in said):
             return pictures_only(folder)

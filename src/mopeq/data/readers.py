@@ -51,7 +51,7 @@ class Item:
     images: encoded bytes or paths, one for each image part, in order
     answer: what the model should say next; of several accepted answers the commonest, then the first
     meta: the rest of the row as it stood, and `dataset` (file name without suffix), `source` ("file:line"),
-      `options` {"A": …} where the question has them
+      `options` {"A": …} where the question has them, `pictures` of a benchmark's row
     """
 
     text: str | None = None
@@ -243,9 +243,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _tsv_item(row: dict[str, str], cells: dict[str, str], path: Path, where: str) -> Item:
+    return row_item(row, tuple(_tsv_images(row, cells, path.parent, where)), path.stem, where)
+
+
+def row_item(row: dict[str, str], images: tuple[bytes | Path, ...], dataset: str, where: str) -> Item:
+    """A table's row and its pictures as an item of that dataset."""
     meta: dict[str, Any] = {k: v for k, v in row.items() if k != "image"}
-    meta |= {"dataset": path.stem, "source": where, "options": _options(row)}
-    return _asked(row, tuple(_tsv_images(row, cells, path.parent, where)), meta)
+    meta |= {"dataset": dataset, "source": where, "options": _options(row)}
+    return _asked(row, images, meta)
 
 
 def _tsv_images(row: dict[str, str], cells: dict[str, str], folder: Path, where: str) -> list[bytes | Path]:
@@ -278,7 +283,9 @@ def _python_list(cell: str, where: str) -> list[str]:
 def _asked(row: dict, images: tuple[bytes | Path, ...], meta: dict) -> Item:
     """A question as its dataset words it (benchmarks.prompt), its pictures in the order the words show them."""
     question, hint, where = row.get("question"), row.get("hint") or "", meta["source"]
-    parts = prompt(kind_of(meta["dataset"]), question, meta["options"], hint, len(images), where)
+    if (kind := kind_of(meta["dataset"])) is not None:
+        meta |= {"pictures": images}  # as the row has them: some families are asked in other words (wordings.py)
+    parts = prompt(kind, question, meta["options"], hint, len(images), where)
     shown = [part.pop("picture", number) for number, part in enumerate(p for p in parts if p["type"] == "image")]
     answers = accepted(row.get("answer"))
     best = Counter(answers).most_common(1)[0][0] if answers else None
@@ -312,10 +319,23 @@ def picture(image: bytes | Path, where: str = "picture") -> Image.Image:
     """The decoded picture, upright (EXIF) and RGB. BadInput if it is cut short, broken or larger than MAX_PIXELS."""
     _measure(image, where)
     try:
-        with _opened(image) as opened:
+        with quiet_pillow(), _opened(image) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except NOT_A_PICTURE as error:
         raise BadInput(f"{where}: the picture cannot be decoded ({error})", "is the file cut short?") from None
+
+
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Without Pillow's warnings of odd metadata; of large pictures ours is stricter, and an error."""
+    before = logging.getLogger("PIL").level
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("PIL").setLevel(before)
 
 
 def _opened(image: bytes | Path) -> Image.Image:
@@ -325,10 +345,8 @@ def _opened(image: bytes | Path) -> Image.Image:
 def _measure(image: bytes | Path, where: str) -> None:
     """Read the picture's header: its format must be known and its size bearable."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is stricter, and an error
-            with _opened(image) as opened:
-                width, height = opened.size
+        with quiet_pillow(), _opened(image) as opened:
+            width, height = opened.size
     except NOT_A_PICTURE:
         name = "the picture" if isinstance(image, bytes) else str(image)
         raise BadInput(f"{where}: {name} is not a picture", f"give one of {', '.join(PICTURES)}") from None

@@ -25,15 +25,14 @@ from mopeq.evaluate.paired import mean_of
 
 Logits = Callable[[Batch], Tensor]
 CHUNK_ELEMENTS = 2**23  # logits turned to float32 at a time: 32 MiB, a few such temporaries live at once
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Part:
     """What was measured over some positions. KL in nats per position; None where it was not measured.
 
-    kl_ci95: normal interval of the mean over rows (windows, items), weighted by their positions, since positions of
-      one row are not independent; None with fewer than two rows.
+    kl_ci95: of the mean over rows (windows, items), weighted by their positions, by a bootstrap over rows, since
+      positions of one row are not independent; None with fewer than two rows, and where all rows are alike.
     ppl: of the packed model, next tokens inside their row; ppl_against: of the original
     ppl_change: ppl / ppl_against - 1, with its 95 % interval from a paired bootstrap over rows
     top1_agreement: share of positions where both models' first choice is the same, with such an interval
@@ -209,7 +208,7 @@ def _part(sums: list[_Sums], against: bool) -> Part:
         kl_median=_quantile(ordered, 0.5) if against else None,
         kl_p99=_quantile(ordered, 0.99) if against else None,
         kl_max=_quantile(ordered, 1.0) if against else None,
-        kl_ci95=_interval([(row.kl, row.tokens) for row in rows], mean) if mean is not None else None,
+        kl_ci95=_pair(mean_of([row.kl for row in rows], [row.tokens for row in rows]) if against else None, float),
         ppl=_perplexity(math.fsum(row.nll for row in rows), predicted),
         ppl_against=_perplexity(math.fsum(row.nll_against for row in rows), predicted) if against else None,
         ppl_change=None if longer is None else _expm1(longer["mean"]),
@@ -240,13 +239,3 @@ def _perplexity(nll: float, predicted: int) -> float | None:
 def _quantile(ordered: Tensor, share: float) -> float:
     """The smallest value that at least `share` of the positions do not exceed."""
     return float(ordered[max(0, math.ceil(share * len(ordered)) - 1)])
-
-
-def _interval(row_sums: list[tuple[float, int]], mean: float) -> tuple[float, float] | None:
-    """95 % interval of sum(KL) / sum(positions) over rows: the linearized ratio's standard error (Cochran 1977, §6)."""
-    rows, tokens = len(row_sums), sum(count for _, count in row_sums)
-    if rows < 2:
-        return None
-    spread = math.fsum((total - mean * count) ** 2 for total, count in row_sums)
-    half = Z95 * math.sqrt(rows / (rows - 1) * spread) / tokens
-    return (mean - half, mean + half)

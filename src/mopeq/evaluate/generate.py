@@ -7,25 +7,56 @@ none. Items whose processor makes tensors that this page does not know how to pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mopeq.data.benchmarks import kind_of
 from mopeq.data.encode import Batch, encode_prompt
 from mopeq.data.processor import tokenizer_of
 from mopeq.data.readers import Item
+from mopeq.data.wordings import understood, wording_of
 
 PADDABLE = ("pixel_values", "image_grid_thw", "image_sizes")  # rows of these do not depend on a prompt's length
 NEW_TOKENS = 64
+BENCHMARK_TOKENS = 512  # as most of VLMEvalKit's models; families with a wording of their own say theirs
 ROWS = 64  # prompts answered together
 WASTE = 1.25  # longest over shortest prompt in a batch, at most
 TOKENS = 2**15  # prompt tokens in a batch, at most
 
 
 def answerer(model: Any, processor: Any, new_tokens: int = NEW_TOKENS) -> Callable[[list[Item]], list[str]]:
-    """`generate` with its model: what `tasks.run_tasks` asks for."""
-    return lambda items: generate(model, processor, items, new_tokens)
+    """`generate` with its model: what `tasks.run_tasks` asks for. VLMEvalKit's benchmarks are answered at the length,
+    and read in the way, that the kit has for the model's family (data/wordings.py)."""
+    family = model.config.model_type
+
+    def answer(items: list[Item]) -> list[str]:
+        said = [""] * len(items)
+        benchmarks = [kind_of(item.meta.get("dataset", "")) is not None for item in items]
+        for wanted in (False, True):
+            places = [place for place, known in enumerate(benchmarks) if known is wanted]
+            group = [items[place] for place in places]
+            if not group:
+                continue
+            shown, most = _manner(group[0], family, processor) if wanted else (processor, new_tokens)
+            for place, text in zip(places, generate(model, shown, group, most), strict=True):
+                said[place] = understood(items[place], family, text)
+        return said
+
+    return answer
+
+
+def _manner(item: Item, family: str, processor: Any) -> tuple[Any, int]:
+    """(the processor that shows a benchmark's items, their longest answer in tokens)."""
+    wording = wording_of(item, family)
+    if wording is None:
+        return processor, BENCHMARK_TOKENS
+    shown = copy(processor)
+    for name, value in wording.settings.items():
+        setattr(shown, name, value)
+    return shown, wording.new_tokens
 
 
 def generate(

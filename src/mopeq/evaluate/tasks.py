@@ -45,8 +45,7 @@ def run_tasks(
     `score` is the mean of the items' scores, 0 to 1, and ci95 its 95 % interval (Wilson's where scores are 0 or 1);
     the metric's own values keep their names and scales. BadInput if nothing can be scored.
     """
-    if rules not in RULES:
-        raise BadInput(f"no rules are called {rules!r}", f"choose from: {', '.join(RULES)}")
+    known_rules(rules)
     asked = [item for item in items if item.messages is not None and item.answer is not None]
     if not asked:
         raise BadInput("no item has a question and its answer", "tasks need data with answers, such as a TSV")
@@ -67,6 +66,12 @@ def run_tasks(
         if units is not None:
             units[name] = units_of(scored)
     return tasks
+
+
+def known_rules(rules: str) -> None:
+    """BadInput for rules that are none."""
+    if rules not in RULES:
+        raise BadInput(f"no rules are called {rules!r}", f"choose from: {', '.join(RULES)}")
 
 
 def against(scored: Scored, other: Scored, texts: Sequence[str], others: Sequence[str]) -> dict[str, Any]:

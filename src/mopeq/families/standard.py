@@ -12,6 +12,7 @@ from mopeq.families import FAMILIES, WHERE_TO_ADD, Family
 from mopeq.nouns import FLOATS, PROJECTIONS, MoELayer, MoESpec, Place, TensorInfo
 from mopeq.sources import unpacked
 
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -285,12 +286,18 @@ def check_expert_count(config: Mapping[str, Any], layers: tuple[MoELayer, ...]) 
                 f"config.json says {key} = {count}, the tensors hold {layers[0].experts} experts a layer",
                 "config and weights belong to different checkpoints, or a shard is missing",
             )
+    for key, count in expert_counts(config, TOP_K_KEYS):
+        if not 0 < count <= max(layer.experts for layer in layers):
+            raise BadInput(
+                f"config.json says {key} = {count}, a layer has {layers[0].experts} experts to choose from",
+                "the file is damaged; fetch it again",
+            )
 
 
-def expert_counts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+def expert_counts(config: Mapping[str, Any], keys: tuple[str, ...] = EXPERT_COUNT_KEYS) -> list[tuple[str, int]]:
     """(key, number) wherever the config, or a config within it, counts experts."""
     scopes = (config, *(v for v in config.values() if isinstance(v, dict)))
-    return [(key, scope[key]) for scope in scopes for key in EXPERT_COUNT_KEYS if type(scope.get(key)) is int]
+    return [(key, scope[key]) for scope in scopes for key in keys if type(scope.get(key)) is int]
 
 
 VISION = re.compile(r"(^|\.)(visual|vision|vision_\w+|vit|image_\w+|\w*projector|view_seperator|audio\w*)(\.|$)")

@@ -42,8 +42,8 @@ AT_A_TIME = 1 << 24  # codes unpacked at a time while an arena is made
 def refuses(formats: Mapping[str, list[Format]]) -> str:
     """Why these formats have no arena, or ""."""
     sizes = {fmt.group_size for row in formats.values() for fmt in row}
-    if any(size % 32 or size % min(sizes) for size in sizes):
-        return f"group sizes {sorted(sizes)}: they must be multiples of 32 and of the smallest"
+    if any(size < 32 or size & (size - 1) for size in sizes):
+        return f"group sizes {sorted(sizes)}: they must be powers of two from 32 on"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Compiles cpu.c with the machine's C compiler at first use and keeps the library in the user's own cache folder.
+"""Compiles the C files here with the machine's C compiler at first use, and keeps them in the user's cache folder.
 
 A wheel carries the source only, so it installs anywhere; without a compiler the reason is returned, never raised.
 """
@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
+ROUND = Path(__file__).with_name("round.c")
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread")
 SECONDS = 120  # after which a compiler is given up on
 
@@ -39,29 +40,47 @@ def is_private(path: Path) -> bool:
 
 
 @cache
-def library() -> tuple[ctypes.CDLL | None, str]:
-    """(the compiled kernels, "") or (None, why there are none), asked for once a process."""
+def compiled(file: Path) -> tuple[ctypes.CDLL | None, str]:
+    """(a C file as a library, "") or (None, why there is none), asked for once a process."""
     if os.name != "posix":
         return None, f"it is built on Linux and macOS, not on {platform.system()}"
     try:
-        source = SOURCE.read_bytes()
+        source = file.read_bytes()
         key = hashlib.sha256(source + repr((FLAGS, platform.machine())).encode()).hexdigest()[:16]
         folder = cache_folder()
-        path = folder / f"cpu-{platform.machine()}-{key}.so"
+        path = folder / f"{file.stem}-{platform.machine()}-{key}.so"
         if not path.exists():
             cc = compiler()
             if cc is None:
                 return None, "it needs a C compiler (cc, gcc or clang)"
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            compile_to(path, cc)
+            compile_to(path, cc, file)
         if not (is_private(folder) and is_private(path)):
             return None, f"others can write to {folder}"
-        return declared(ctypes.CDLL(str(path))), ""
+        return ctypes.CDLL(str(path)), ""
     except subprocess.CalledProcessError as problem:
         lines = problem.stderr.strip().splitlines() or ["it said nothing"]
         return None, f"the C compiler failed: {lines[0]}"
     except (OSError, subprocess.TimeoutExpired) as problem:
         return None, f"it could not be built: {problem}"
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The kernels of cpu.c."""
+    lib, why = compiled(SOURCE)
+    return None if lib is None else declared(lib), why
+
+
+@cache
+def rounding() -> ctypes.CDLL | None:
+    """Rounding to nearest (round.c), or None: torch does the same."""
+    lib, _ = compiled(ROUND)
+    if lib is not None:
+        address, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        lib.mopeq_round.argtypes = (address, count, size, size, count, count, count, address, address, address)
+        lib.mopeq_round.restype = count
+    return lib
 
 
 def declared(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -74,11 +93,11 @@ def declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
-def compile_to(path: Path, cc: str) -> None:
+def compile_to(path: Path, cc: str, source: Path) -> None:
     """The library at `path`, by one atomic rename, so that processes may build it at the same time."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        command = [cc, *FLAGS, str(SOURCE), "-o", str(made)]
+        command = [cc, *FLAGS, str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
         made.chmod(0o700)
         os.replace(made, path)

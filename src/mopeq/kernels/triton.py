@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from mopeq.kernels import arena
+from mopeq.kernels import arena, hopper
 from mopeq.kernels.arena import Arena
 from mopeq.seam import activate
 
-SCAN_PAIRS = 128  # up to here each program finds its tile's pairs itself; above, `routing` runs first
+SCAN_PAIRS = 128  # up to here each program finds its tile's pairs itself; above, they are sorted first
+SORTED = 128  # pairs that a program sorts
 MANY = 48  # pairs an expert, on average, from which tiles are large
 
 
@@ -48,7 +49,7 @@ def refuses(experts: Any, x: Tensor) -> str:
 class Plan:
     """How one call is cut: pairs a tile; rows a program, programs sharing a reduction (of gate and up; of down)."""
 
-    scan: int  # pairs every program scans, a power of two; 0: `routing` runs first
+    scan: int  # pairs every program scans, a power of two; 0: they are sorted first
     pairs: int
     rows: tuple[int, int]
     split: tuple[int, int]
@@ -168,66 +169,108 @@ def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Ten
 
     layer = layer_of(experts)
     tokens, k = index_TK.shape
-    pairs, count = tokens * k, experts.num_experts
-    out = x_TH.new_empty(tokens, experts.shapes["down"][0])
+    pairs, count, width = tokens * k, experts.num_experts, experts.shapes["down"][0]
+    out = x_TH.new_empty(tokens, width)
     if pairs == 0:
         return out.zero_()
     x, ids, weight = x_TH.contiguous(), index_TK.contiguous(), weight_TK.contiguous()
-    blocks = plan(pairs, count, shared_bytes(x.device))
-    made, gated, gate = layer.arena, experts.has_gate, layer.gate
-    top, down = made.layouts["up"], made.layouts["down"]
-    biases = {p: experts.bias_of(p) for p in experts.projections}
-    bias_gate, bias_up, has_bias = biases.get("gate", biases["up"]), biases["up"], biases["up"] is not None
-    split_top, split_down = blocks.split
+    bias = experts.bias_of("down")
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
-        tiles, routed = pairs, [ids] * 4  # not read while scanning
-        if not blocks.scan:
-            tiles = pairs // blocks.pairs + count
-            sorted_pairs = torch.empty(pairs, dtype=torch.int32, device=x.device)
-            routed = [sorted_pairs, *torch.empty(3, tiles, dtype=torch.int32, device=x.device)]
-            kernels.routing[(count,)](ids, pairs, *routed, E=count, BM=blocks.pairs, CHUNK=1024, TILES=64, num_warps=8)
-        shared = dict(E=count, BM=blocks.pairs, SLOTS=blocks.slots, SCAN=blocks.scan, STAGES=blocks.stages)
-        shared |= dict(PTX=is_nvidia(x), num_warps=blocks.warps)
-        source = (made.table, layer.words, made.data, layer.halves)
-        gating = dict(GATED=gated, ACT=gate.act, ALPHA=gate.alpha, LIMIT=gate.limit, BIAS=has_bias)
-        fused = gate.act > 0 and split_top == 1
-        h = x.new_empty(pairs, top.out_features)
-        sides = 2 if gated else 1
-        parts = h if fused else torch.empty(sides, split_top, *h.shape, device=x.device)
-        kernels.upper[(-(-top.out_features // blocks.rows[0]), tiles, 1 if fused else sides * split_top)](
-            x, h, parts, *source, bias_gate, bias_up, ids, pairs, *routed, CHOICES=k, N=top.out_features,
-            K=top.in_features, W=top.words, GROUP=top.group, UNIFORM=layer.uniform["up"], WIDTHS=layer.widths["up"],
-            FUSED=fused, SPLIT=split_top, BN=blocks.rows[0], **gating, **shared,
-        )  # fmt: skip
-        if gate.act == 0:
-            h = unknown_gate(experts, parts.sum(1), ids).to(x.dtype).contiguous()
-        elif not fused:
-            kernels.gating[(pairs, -(-top.out_features // 256))](
-                parts, h, bias_gate, bias_up, ids, pairs, E=count, N=top.out_features, SPLIT=split_top, BN=256,
-                num_warps=2, **gating,
-            )  # fmt: skip
-        kind = torch.float32 if pairs <= 1024 else x.dtype
-        y = torch.empty(split_down, pairs, down.out_features, device=x.device, dtype=kind)
-        kernels.lower[(-(-down.out_features // blocks.rows[1]), tiles, split_down)](
-            h, y, *source, ids, pairs, *routed, P=len(made.layouts) - 1, N=down.out_features, K=down.in_features,
-            W=down.words, GROUP=down.group, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"],
-            SPLIT=split_down, BN=blocks.rows[1], **shared,
-        )  # fmt: skip
-        has_bias = biases["down"] is not None
+        prompt = pairs / count >= MANY and hopper.suits(experts, layer, x, pairs)
+        y = many_pairs(experts, layer, x, ids) if prompt else few_pairs(experts, layer, x, ids)
+        has_bias = bias is not None
         if experts.has_post_expert_norm:
-            y = with_bias(y.float().sum(0), biases["down"], ids, count)
-            y = experts.post_expert_norm(y.to(x.dtype)).contiguous()
-            split_down, has_bias = 1, False
-        width = 256 if down.out_features >= 256 else 64
-        kernels.weighted_sum[(tokens, -(-down.out_features // width))](
-            y, weight, biases["down"], ids, out, pairs, CHOICES=k, E=count, N=down.out_features, BIAS=has_bias,
-            SPLIT=split_down, BN=width, num_warps=2,
+            y = with_bias(y.float().sum(0), bias, ids, count)
+            y, has_bias = experts.post_expert_norm(y.to(x.dtype)).contiguous()[None], False
+        block = 256 if width >= 256 else 64
+        kernels.weighted_sum[(tokens, -(-width // block))](
+            y, weight, bias, ids, out, pairs, CHOICES=k, E=count, N=width, BIAS=has_bias, SPLIT=len(y), BN=block,
+            num_warps=2, **following(x),
         )  # fmt: skip
     return out
 
 
+def gating(experts: Any, gate: Gate) -> dict[str, Any]:
+    """What the kernels are told about the gate."""
+    has_bias = experts.bias_of("up") is not None
+    return dict(GATED=experts.has_gate, ACT=gate.act, ALPHA=gate.alpha, LIMIT=gate.limit, BIAS=has_bias)
+
+
+def many_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
+    """`few_pairs` for prompts, by the kernels of `hopper`: [1, pairs, H]."""
+    biases = experts.bias_of("gate"), experts.bias_of("up")
+    routed = routing(ids, experts.num_experts, hopper.TILE)
+    return hopper.products(experts, layer, x, routed, ids.numel(), gating(experts, layer.gate), biases)
+
+
+def few_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
+    """down(act(gate x) * (up x)) for each pair, without down's bias: [parts to be summed, pairs, H]."""
+    from mopeq.kernels import triton_kernels as kernels
+
+    k, pairs, count = ids.shape[1], ids.numel(), experts.num_experts
+    blocks, gate, early = plan(pairs, count, shared_bytes(x.device)), layer.gate, starts_early(x)
+    made, sides = layer.arena, 2 if experts.has_gate else 1
+    top, down = made.layouts["up"], made.layouts["down"]
+    bias_gate, bias_up = experts.bias_of("gate"), experts.bias_of("up")
+    split_top, split_down = blocks.split
+    tiles, routed = pairs, [ids] * 4  # not read while scanning
+    if not blocks.scan:
+        routed = routing(ids, count, blocks.pairs)
+        tiles = len(routed[1])
+    shared = dict(E=count, BM=blocks.pairs, SLOTS=blocks.slots, SCAN=blocks.scan, STAGES=blocks.stages)
+    shared |= dict(PTX=is_nvidia(x), num_warps=blocks.warps)
+    source, gate_kind = (made.table, layer.words, made.data, layer.halves), gating(experts, gate)
+    fused = gate.act > 0 and split_top == 1
+    h = x.new_empty(pairs, top.out_features)
+    parts = h if fused else torch.empty(sides, split_top, *h.shape, device=x.device)
+    kernels.upper[(-(-top.out_features // blocks.rows[0]), tiles, 1 if fused else sides * split_top)](
+        x, h, parts, *source, bias_gate, bias_up, ids, pairs, *routed, CHOICES=k, N=top.out_features,
+        K=top.in_features, W=top.words, GROUP=top.group, UNIFORM=layer.uniform["up"], WIDTHS=layer.widths["up"],
+        FUSED=fused, SPLIT=split_top, BN=blocks.rows[0], EARLY=early, **gate_kind, **shared,
+    )  # fmt: skip
+    if gate.act == 0:
+        h = unknown_gate(experts, parts.sum(1), ids).to(x.dtype).contiguous()
+    elif not fused:
+        kernels.gating[(pairs, -(-top.out_features // 256))](
+            parts, h, bias_gate, bias_up, ids, pairs, E=count, N=top.out_features, SPLIT=split_top, BN=256,
+            num_warps=2, **gate_kind, **following(x),
+        )  # fmt: skip
+    kind = torch.float32 if pairs <= 1024 else x.dtype
+    y = torch.empty(split_down, pairs, down.out_features, device=x.device, dtype=kind)
+    kernels.lower[(-(-down.out_features // blocks.rows[1]), tiles, split_down)](
+        h, y, *source, ids, pairs, *routed, P=len(made.layouts) - 1, N=down.out_features, K=down.in_features,
+        W=down.words, GROUP=down.group, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"],
+        SPLIT=split_down, BN=blocks.rows[1], **shared, **following(x),
+    )  # fmt: skip
+    return y
+
+
+def routing(ids: Tensor, experts: int, each: int) -> list[Tensor]:
+    """(pairs in the order of their experts; each tile's expert or -1, its first pair's place there, the last's + 1)."""
+    from mopeq.kernels import triton_kernels as kernels
+
+    pairs = ids.numel()
+    blocks, tiles, padded = -(-pairs // SORTED), pairs // each + experts, 1 << (experts - 1).bit_length()
+    made = [ids.new_empty(size, dtype=torch.int32) for size in (pairs, tiles, tiles, tiles)]
+    shape = dict(E=experts, EP=padded, C=SORTED, num_warps=8)
+    counts = ids.new_empty(blocks, padded, dtype=torch.int32)
+    kernels.counting[(blocks,)](ids, pairs, counts, **shape)
+    kernels.sorting[(blocks,)](ids, pairs, counts, blocks, tiles, *made, BM=each, **shape)
+    return made
+
+
 def is_nvidia(x: Tensor) -> bool:
     return x.device.type == "cuda" and torch.version.hip is None and not interpreted()
+
+
+def starts_early(x: Tensor) -> bool:
+    """Whether a kernel may start before the one it waits for has ended (programmatic dependent launch: Hopper)."""
+    return is_nvidia(x) and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def following(x: Tensor) -> dict[str, bool]:
+    """How a kernel is launched that waits for the one before."""
+    return dict(EARLY=True, launch_pdl=True) if starts_early(x) else dict(EARLY=False)
 
 
 def with_bias(y_PN: Tensor, bias: Tensor | None, ids: Tensor, experts: int) -> Tensor:

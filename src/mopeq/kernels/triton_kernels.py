@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SILU, GELU, GELU_TANH, RELU, CLAMPED = (tl.constexpr(i) for i in range(1, 6))
 
@@ -126,9 +127,10 @@ def product_of(acc, place, part, words, bytes, halves, n, x, x_row, x_ok, BITS: 
         step = part * STEPS + i
         at = of_tile + (step // (S // Q)) * (NP * W)
         k0 = step * (Q * W)
-        there = (n < NP)[:, None]
+        rows = NP
         if not WHOLE:
-            there = there & (k0 < K)
+            rows = tl.where(k0 < K, NP, 0)  # and no `&` with a scalar, which Triton 3.9's interpreter gets wrong
+        there = (n < rows)[:, None]
         lo = tl.load(first + at, mask=there, other=0)
         hi = lo
         if BITS == 8:
@@ -144,7 +146,7 @@ def product_of(acc, place, part, words, bytes, halves, n, x, x_row, x_ok, BITS: 
             k = k0 + r * (RUN * W)
             s_there = n < NP
             if not WHOLE:
-                s_there = s_there & (k < K)
+                s_there = n < tl.where(k < K, NP, 0)
             s_at = (k // group) * NP + n
             zero = tl.load(zeros + s_at, mask=s_there, other=0)
             scale = tl.load(scales + s_at, mask=s_there, other=0.0).to(tl.float32).to(DTYPE)
@@ -201,7 +203,7 @@ def members(t, ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, E: t
     else:
         e = tl.load(tile_expert + t)
         at = tl.load(tile_start + t) + j
-        ok = (at < tl.load(tile_end + t)) & (e >= 0)
+        ok = at < tl.load(tile_end + t)  # of an empty tile, none
         pair = tl.load(sorted_pairs + at, mask=ok, other=0)
     return e, pair, ok
 
@@ -241,8 +243,10 @@ def upper(x, h, parts, table, words, bytes, halves, bias_gate, bias_up, ids, pai
           W: tl.constexpr, GROUP: tl.constexpr, UNIFORM: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
           ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, FUSED: tl.constexpr, WIDTHS: tl.constexpr,
           SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr, SCAN: tl.constexpr,
-          PTX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+          PTX: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """FUSED: h[pair] = act(gate x) * (up x). Else parts[p * SPLIT + s, pair], without biases, for `gating`."""
+    if EARLY:
+        gdc_launch_dependents()
     e, pair, ok = members(tl.program_id(1), ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, E, BM, SCAN)
     if e >= 0:
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -271,12 +275,15 @@ def upper(x, h, parts, table, words, bytes, halves, bias_gate, bias_up, ids, pai
 @triton.jit(do_not_specialize=["pairs"])
 def gating(parts, h, bias_gate, bias_up, ids, pairs, E: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr,
            ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-           BN: tl.constexpr):  # fmt: skip
+           BN: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """h[pair] from the parts that `upper` left."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pair = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     e = tl.load(ids + pair)
-    mine = (n < N) & (e >= 0) & (e < E)
+    mine = n < tl.where((e >= 0) & (e < E), N, 0)
     g = tl.zeros([BN], tl.float32)
     u = tl.zeros([BN], tl.float32)
     size = pairs.to(tl.int64) * N
@@ -292,13 +299,49 @@ def gating(parts, h, bias_gate, bias_up, ids, pairs, E: tl.constexpr, N: tl.cons
     tl.store(h + pair.to(tl.int64) * N + n, activated(g, u, GATED, ACT, ALPHA, LIMIT).to(h.dtype.element_ty), mask=mine)
 
 
+@triton.jit
+def warm(place, bytes, n0, N: tl.constexpr, K: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr):
+    """Ask for BN rows of one matrix, so that they come while a kernel before still works: its words, second plane and
+    scales, a cache line of 128 bytes for each i."""
+    NP: tl.constexpr = (N + 15) // 16 * 16
+    bits = tl.load(place + 4).to(tl.int32)
+    slots = tl.where(bits <= 3, 8, 4)
+    of_second = tl.where((bits == 3) | (bits == 6), 1, tl.where(bits == 8, 2, 0))
+    tiles = (K + slots * W - 1) // (slots * W)
+    i = tl.arange(0, 128)
+    LINES: tl.constexpr = BN * W * 2 // 128
+    start = bytes + tl.load(place) * 2 + n0 * (W * 2)
+    second = bytes + tl.load(place + 1) * of_second + n0 * W * of_second
+    for first in range(0, (K + 4 * W - 1) // (4 * W) * LINES, 128):
+        at = (first + i) // LINES
+        line = (first + i) % LINES * 128
+        prefetch(start + at * (NP * W * 2) + line, (at < tiles) & (n0 * (W * 2) + line < NP * W * 2))
+        prefetch(second + at * (NP * W * of_second) + line, (at < tiles) & (line < BN * W * of_second)
+                 & (n0 * W * of_second + line < NP * W * of_second))  # fmt: skip
+    scales = bytes + (tl.load(place + 2) + n0) * 2
+    prefetch(scales + i * (NP * 2), i < (K + GROUP - 1) // GROUP)
+
+
+@triton.jit
+def prefetch(at, there):
+    tl.inline_asm_elementwise("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+                              "=r,l,r", [at, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def lower(h, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end,
           P: tl.constexpr, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
           UNIFORM: tl.constexpr, WIDTHS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-          SLOTS: tl.constexpr, SCAN: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+          SLOTS: tl.constexpr, SCAN: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
+          EARLY: tl.constexpr):  # fmt: skip
     """y[s, pair] = down h[pair], over part s of SPLIT of the inputs, without bias."""
+    if EARLY:
+        gdc_launch_dependents()
     e, pair, ok = members(tl.program_id(1), ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, E, BM, SCAN)
+    if EARLY:
+        if e >= 0:
+            warm(table + (P * E + e) * 6, bytes, tl.program_id(0) * BN, N, K, W, GROUP, BN)
+        gdc_wait()
     if e >= 0:
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         s = tl.program_id(2)
@@ -310,58 +353,83 @@ def lower(h, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expe
 
 @triton.jit(do_not_specialize=["pairs"])
 def weighted_sum(y, weight, bias, ids, out, pairs, CHOICES: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
-                 BIAS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                 BIAS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """out[t] = sum over the token's choices, in their order, of weight * (y + bias); others' experts are left out."""
+    if EARLY:
+        gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros([BN], tl.float32)
     for k in tl.static_range(CHOICES):
         e = tl.load(ids + t * CHOICES + k)
         ok = (e >= 0) & (e < E)
+        mine = n < tl.where(ok, N, 0)
         value = tl.zeros([BN], tl.float32)
         for s in tl.static_range(SPLIT):
             at = y + s * pairs.to(tl.int64) * N + (t * CHOICES + k) * N + n
-            value += tl.load(at, mask=(n < N) & ok, other=0.0).to(tl.float32)
+            value += tl.load(at, mask=mine, other=0.0).to(tl.float32)
         if BIAS:
-            value += tl.load(bias + e * N + n, mask=(n < N) & ok, other=0.0).to(tl.float32)
+            value += tl.load(bias + e * N + n, mask=mine, other=0.0).to(tl.float32)
         acc += value * tl.load(weight + t * CHOICES + k, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + t * N + n, acc.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def routing(ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, E: tl.constexpr, BM: tl.constexpr,
-            CHUNK: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
-    """Program e sorts expert e's pairs into place and writes its tiles; ranges of tiles are disjoint by arithmetic.
+def counting(ids, pairs, counts, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr):
+    """counts[b, e]: how many of the pairs bC … bC + C - 1 are expert e's."""
+    b = tl.program_id(0)
+    found, e, _ = members_of(ids, pairs, b, E, EP, C)
+    tl.store(counts + b * EP + e, tl.sum(found, 0))
+
+
+@triton.jit
+def members_of(ids, pairs, b, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr):
+    """[C, EP]: 1 where a pair of block b is an expert's; the experts 0 … EP - 1, the pairs' own."""
+    i = b * C + tl.arange(0, C)
+    e = tl.arange(0, EP)
+    own = tl.load(ids + i, mask=i < pairs, other=-1).to(tl.int32)
+    own = tl.where(own < E, own, -1)
+    return (own[:, None] == e[None, :]).to(tl.int32), e, own
+
+
+@triton.jit(do_not_specialize=["pairs", "blocks", "tiles"])
+def sorting(ids, pairs, counts, blocks, tiles, sorted_pairs, tile_expert, tile_start, tile_end, E: tl.constexpr,
+            EP: tl.constexpr, BM: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Program b puts its pairs where they belong in the order of the experts, and writes some of the tiles.
 
     With s pairs of lower experts, e's tiles begin at s // BM + e; there are pairs // BM + E in all, some of them empty.
     """
-    e = tl.program_id(0)
-    lower_count, count, at = 0, 0, 0
-    while at < pairs:  # and not `range`, whose bounds may not be tensors in the interpreter
-        i = at + tl.arange(0, CHUNK)
-        found = tl.load(ids + i, mask=i < pairs, other=-1).to(tl.int32)
-        lower_count += tl.sum(((found >= 0) & (found < e)).to(tl.int32), 0)
-        count += tl.sum((found == e).to(tl.int32), 0)
-        at += CHUNK
-    done, at = lower_count, 0
-    while at < pairs:
-        i = at + tl.arange(0, CHUNK)
-        found = tl.load(ids + i, mask=i < pairs, other=-1).to(tl.int32)
-        mine = found == e
-        rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(sorted_pairs + done + rank, i, mask=mine)
-        done += tl.sum(mine.to(tl.int32), 0)
-        at += CHUNK
-    first = lower_count // BM + e
-    after = (lower_count + count) // BM + e + 1
-    if e == E - 1:
-        after = pairs // BM + E
-    at = first
-    while at < after:
-        t = at + tl.arange(0, TILES)
-        start = lower_count + (t - first) * BM
-        used = start < lower_count + count
-        tl.store(tile_expert + t, tl.where(used, e, -1), mask=t < after)
-        tl.store(tile_start + t, start, mask=t < after)
-        tl.store(tile_end + t, lower_count + count, mask=t < after)
-        at += TILES
+    b = tl.program_id(0)
+    found, e, own = members_of(ids, pairs, b, E, EP, C)
+    j = tl.arange(0, 16)
+    all_of = tl.zeros([16, EP], tl.int32)
+    earlier = tl.zeros([16, EP], tl.int32)
+    at = 0
+    while at < blocks:  # and not `range`, whose bounds may not be tensors in the interpreter
+        of = tl.load(counts + (at + j)[:, None] * EP + e[None, :], mask=(at + j < blocks)[:, None], other=0)
+        all_of += of
+        earlier += tl.where((at + j < b)[:, None], of, 0)
+        at += 16
+    count = tl.sum(all_of, 0)
+    before = tl.sum(earlier, 0)
+    start = tl.cumsum(count, 0) - count
+    rank = tl.zeros([C], tl.int32)
+    i = tl.arange(0, C)
+    for first in tl.static_range(0, C, 64):
+        k = first + tl.arange(0, 64)
+        other = tl.load(ids + b * C + k, mask=b * C + k < pairs, other=-1).to(tl.int32)
+        rank += tl.sum(((other[None, :] == own[:, None]) & (k[None, :] < i[:, None])).to(tl.int32), 1)
+    to = tl.sum(found * (start + before)[None, :], 1) + rank
+    tl.store(sorted_pairs + to, b * C + i, mask=own >= 0)
+    first_tile = start // BM + e
+    at = b * 64
+    while at < tiles:
+        t = at + tl.arange(0, 64)
+        mine = tl.sum(((first_tile[None, :] <= t[:, None]) & (e < E)[None, :]).to(tl.int32), 1) - 1
+        here = (mine[:, None] == e[None, :]).to(tl.int32)
+        begin = tl.sum(here * (start - first_tile * BM)[None, :], 1) + t * BM
+        end = tl.sum(here * (start + count)[None, :], 1)
+        tl.store(tile_expert + t, tl.where(begin < end, mine, -1), mask=t < tiles)
+        tl.store(tile_start + t, begin, mask=t < tiles)
+        tl.store(tile_end + t, end, mask=t < tiles)
+        at += 64 * tl.num_programs(0)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,21 @@ def repack(arena: Arena, p: str, fmt: Format, rows: dict[int, int]) -> Tier:
     return Tier(rows, fmt, (lay.out_features, lay.in_features), codes, as_bits(scales), zeros)
 
 
+_live: WeakValueDictionary[int, QuantizedExperts] = WeakValueDictionary()  # what `mopeq::experts` names by number
+_numbers = count()
+
+
+@torch.library.custom_op("mopeq::experts", mutates_args=())
+def opaque(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, number: int) -> Tensor:
+    """A module's kernel as one operator: torch.compile would else take the kernels' Python apart, in minutes."""
+    return _live[number].compute(x_TH, index_TK, weight_TK)
+
+
+@opaque.register_fake
+def _(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, number: int) -> Tensor:
+    return torch.empty_like(x_TH)
+
+
 class QuantizedExperts(nn.Module):
     """One layer's routed experts in packed form; the drop-in for transformers' experts module.
 
@@ -116,6 +132,22 @@ class QuantizedExperts(nn.Module):
             if p in biases:
                 self.hold(f"{p}_bias", (self.num_experts, self.shapes[p][0]), biases[p])
         self.filled = False
+        self.enlist()
+
+    def enlist(self) -> None:
+        self.number = next(_numbers)
+        _live[self.number] = self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.enlist()  # a copy is another module
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        if requires_grad:
+            raise MopeqError(
+                "packed experts cannot be trained: codes have no gradient", "train adapters on the other layers"
+            )
+        return super().requires_grad_(False)
 
     def hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """A buffer to be filled; what loads the model, or `fill`, gives it memory on its device."""
@@ -204,13 +236,28 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, *args: Tensor) -> Tensor:
         """hidden_states, top_k_index, top_k_weights; of an adapted module, whatever its own forward takes."""
+        if not isinstance(self._original[0], Adapted):
+            return self.run(*args)
+        share: Callable[..., Tensor] = type(self._original[0]).share
+        return share(self, self.run, *args)
+
+    def run(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """The experts' function, as torch.compile is to see it."""
+        if not torch.compiler.is_compiling():
+            return self.compute(x_TH, index_TK, weight_TK)
+        if torch.is_grad_enabled() and (x_TH.requires_grad or weight_TK.requires_grad):
+            return self.compute_apart(x_TH, index_TK, weight_TK)  # which has gradients
+        return opaque(x_TH, index_TK, weight_TK, self.number)
+
+    def compute(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         from mopeq.kernels import KERNELS
 
-        run = partial(pick(KERNELS, self.kernel, "kernel"), self)
-        if not isinstance(self._original[0], Adapted):
-            return run(*args)
-        share: Callable[..., Tensor] = type(self._original[0]).share
-        return share(self, run, *args)
+        out: Tensor = pick(KERNELS, self.kernel, "kernel")(self, x_TH, index_TK, weight_TK)
+        return out
+
+    @torch.compiler.disable
+    def compute_apart(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        return self.compute(x_TH, index_TK, weight_TK)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A filled module gives its tensors under their on-disk names, so `save_pretrained` writes what was read."""

@@ -84,7 +84,7 @@ class MopeqQuantizer(HfQuantizer):
         shared = twins(model)
         prefixes = self.prefixes = match_names(list(formats), [name for name, _ in found if name not in shared])
         model._keys_to_ignore_on_load_unexpected |= {
-            rf"{re.escape(name)}\.\d+\.\w+_proj\." for name in (*prefixes, *prefixes.values())
+            rf"{re.escape(name)}\.(\d+\.\w+_proj\.|down_proj$)" for name in (*prefixes, *prefixes.values())
         }
         for name, module in found:
             if name in shared:
@@ -187,7 +187,8 @@ class MopeqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on top of the packed weights are; those themselves are not parameters."""
+        return True
 
 
 def packed_splits(conversion: Any) -> list[Any]:

@@ -170,7 +170,7 @@ def output_of(name: str, value: Tensor | None, stored: Stored) -> OutputTensor:
 def value_of(out: OutputTensor, value: Tensor | None, stored: Stored) -> Tensor:
     """A tensor in the dtype it is stored in. Where the model holds it in another one, loading may have rounded it: if
     it was not changed since, it is read again."""
-    if out.name == PADDING:
+    if out.name == PADDING or not out.nbytes:
         return torch.zeros(out.shape, dtype=TORCH_DTYPE[out.dtype])
     dtype = TORCH_DTYPE[out.dtype]
     if value is not None and value.dtype == dtype:

@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from mopeq.errors import MopeqError
 from mopeq.kernels import triton
-from mopeq.nouns import PADDING, Format
+from mopeq.nouns import PADDING, Format, guard_name
 from mopeq.packed import check_sizes, check_version, read_map
 from mopeq.plugins.hf import expert_formats
 from mopeq.plugins.vllm_layer import FlatLayer
@@ -70,11 +70,12 @@ def dense_others(
     """
     fmt = None if other is None else Format.parse(other)
     suffixes = () if fmt is None else tuple(fmt.shapes(1, 1))
+    guards = {guard_name([prefix]) for prefix in experts}
     experts = tuple(f"{prefix}." for prefix in experts)
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, value in weights:
         stem, _, suffix = name.rpartition(".")
-        if name == PADDING:
+        if name == PADDING or name in guards:
             continue
         if fmt is None or suffix not in suffixes or name.startswith(experts):
             yield name, value

@@ -35,17 +35,11 @@ def factored(moments_ECC: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
 
     Damping grows tenfold for experts whose float32 moments of few tokens need it. NaN moments count as never seen.
     """
-    n = moments_ECC.shape[-1]
-    mean_E = moments_ECC.diagonal(dim1=-2, dim2=-1).mean(-1)
-    seen_E = (mean_E > 0) & moments_ECC.flatten(1).isfinite().all(1)
-    # a mean of one: every number below is then of a size float32 likes, whatever the tokens were
-    h = torch.where(seen_E[:, None, None], moments_ECC / torch.where(seen_E, mean_E, 1.0)[:, None, None], 0.0)
-    eye = torch.eye(n, dtype=h.dtype, device=h.device)
-    damping_E = torch.where(seen_E, DAMPING, 1.0)
+    h, damping_E = of_mean_one(moments_ECC)
     order = column_order(h.diagonal(dim1=-2, dim2=-1), group_size)
     while True:
-        damped = h + damping_E[:, None, None] * eye
-        ordered = take(take(damped, order).mT, order)
+        damp = damped(h, damping_E)
+        ordered = take(take(damp, order).mT, order)
         # the lower factor from the last column to the first is an upper factor from the first to the last
         lower, info_E = torch.linalg.cholesky_ex(ordered.flip(-1, -2))
         if not bool(info_E.any()):
@@ -53,7 +47,20 @@ def factored(moments_ECC: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
         damping_E = torch.where(info_E > 0, 10 * damping_E, damping_E)
     upper = lower.flip(-1, -2)
     root = upper.diagonal(dim1=-2, dim2=-1)
-    return damped, upper / root[:, None], root.square(), order
+    return damp, upper / root[:, None], root.square(), order
+
+
+def of_mean_one(moments_ECC: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments with a diagonal of mean one, of a size that float32 likes whatever the tokens were, and the damping
+    [E] they want; zeros to be damped by one, so to the identity, for those never seen."""
+    mean_E = moments_ECC.diagonal(dim1=-2, dim2=-1).mean(-1)
+    seen_E = (mean_E > 0) & moments_ECC.flatten(1).isfinite().all(1)
+    h = torch.where(seen_E[:, None, None], moments_ECC / torch.where(seen_E, mean_E, 1.0)[:, None, None], 0.0)
+    return h, torch.where(seen_E, DAMPING, 1.0)
+
+
+def damped(h_ECC: Tensor, damping_E: Tensor) -> Tensor:
+    return h_ECC + damping_E[:, None, None] * torch.eye(h_ECC.shape[-1], dtype=h_ECC.dtype, device=h_ECC.device)
 
 
 def column_order(diagonal_EC: Tensor, group_size: int) -> Tensor:

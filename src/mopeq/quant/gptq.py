@@ -42,12 +42,13 @@ def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, sweeps: int 
     """
     if moments is None:
         return round_to_nearest(w, fmt)
-    size = max(1, (CHUNK if w.device.type == "cpu" else CHUNK_DEVICE) // (w.shape[1] * w.shape[2]))
-    parts = []
-    for a in range(0, len(w), size):
-        b = slice(a, a + size)
-        parts.append(solve(w[b].float(), fmt, moments[b].float(), sweeps))
-    return QWeight.join(parts)
+    return QWeight.join([solve(w[b].float(), fmt, moments[b].float(), sweeps) for b in batches(w)])
+
+
+def batches(w_ENC: Tensor) -> list[slice]:
+    """The matrices that go together."""
+    size = (CHUNK if w_ENC.device.type == "cpu" else CHUNK_DEVICE) // (w_ENC.shape[1] * w_ENC.shape[2])
+    return slices(len(w_ENC), max(1, size))
 
 
 def solve(w_ENC: Tensor, fmt: Format, moments_ECC: Tensor, sweeps: int) -> QWeight:

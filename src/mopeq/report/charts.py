@@ -68,7 +68,7 @@ def stacked(rows: Sequence[tuple[str, Sequence[tuple[str, str, int]]]], title: s
             )
             if w > 7.2 * len(words) + 12:
                 found.append(f'<text class="{name}i" x="{number(x + 8)}" y="{y + h / 2 + 4.5}">{escape(words)}</text>')
-    return svg(1000, 8 + (len(rows) - 1) * step + h, "".join(found), title, "stack", least=420)
+    return svg(1000, 8 + (len(rows) - 1) * step + h, "".join(found), title, "stack", least=640)
 
 
 # ------------------------------------------------------------------------------- intervals and quantiles
@@ -102,7 +102,7 @@ def quantile_strips(rows: Sequence[tuple[str, Mapping[str, float | None]]], titl
         body.append(f'<path class="grid" d="M{x} 4V{height - 20}"/>')
         body.append(f'<text class="ax c" x="{x}" y="{height - 6}">{significant(10.0**power, 1)}</text>')
     body += [quantile_strip(name, row, 26 + i * step, axis) for i, (name, row) in enumerate(known)]
-    return svg(720, height, "".join(body), title, "quant", least=420)
+    return svg(720, height, "".join(body), title, "quant", least=560)
 
 
 def quantile_strip(name: str, row: Mapping[str, float], y: int, axis: Axis) -> str:
@@ -152,7 +152,7 @@ def rank_lines(layers: Sequence[int], rows: Sequence[tuple[str, Sequence[float]]
             at += 3
         ends.append(at)
         body.append(f'<text class="nm s" x="{number(across.end + 12)}" y="{number(at + 4)}">{escape(name)}</text>')
-    return svg(width, height, "".join(body), title, "ranks", least=460)
+    return svg(width, height, "".join(body), title, "ranks", least=620)
 
 
 # ------------------------------------------------------------------------------------------- scatter
@@ -208,7 +208,7 @@ def scatter(
     ):
         name = f'<text class="nm {anchor}" x="{number(lx)}" y="{number(ly)}">{escape(d.name)}</text>'
         body.append(f'<a href="{escape(d.link)}">{point_mark(d, x, y)}{name}</a>')
-    return svg(width, height, "".join(body), title, "scatter", least=460 if width > 500 else 280, role="group")
+    return svg(width, height, "".join(body), title, "scatter", least=600 if width > 500 else 280, role="group")
 
 
 def point_mark(d: Dot, x: float, y: float) -> str:

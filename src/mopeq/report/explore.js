@@ -36,7 +36,7 @@
   /** Every matrix with its item: those that `per` ties share one, numbered as they come. */
   function matricesOf({ per, layers, formats }) {
     const items = new Map(), found = [], known = new Map();
-    const tie = { projection: (n, e, p) => n + "," + e + p, expert: (n, e) => n + "," + e, "layer-projection": (n, e, p) => n + p, layer: (n) => String(n) }[per];
+    const tie = { projection: (n, e, p) => n + "," + e + p, "gate-up": (n, e, p) => n + "," + e + (p === "down"), expert: (n, e) => n + "," + e, "layer-projection": (n, e, p) => n + p, layer: (n) => String(n) }[per];
     layers.forEach(([layer, experts, shapes], row) => {
       for (let expert = 0; expert < experts; expert++)
         for (const [projection, shape] of Object.entries(shapes)) {

@@ -17,7 +17,7 @@ from mopeq.nouns import Format
 from mopeq.report.facts import ALL, Widths
 from mopeq.report.scales import ramp
 
-APART = ("projection", "layer-projection")  # values of --per whose maps differ by projection
+APART = ("projection", "gate-up", "layer-projection")  # values of --per whose maps differ by projection
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class Contrast:
 class Evaluation:
     """What `mopeq eval` found. `losses` starts with the whole; by modality only where there is more than one.
 
-    `setting` (original, data, window, limit) must be equal for two evaluations to be compared.
+    `setting` (original, data, window, limit, benchmarks' rules and wording) must be equal for two to be compared.
     """
 
     setting: tuple[tuple[str, str], ...]
@@ -160,7 +160,8 @@ class Evaluation:
     def words(self) -> str:
         said = dict(self.setting)
         limit = "" if said["limit"] == "none" else f", at most {said['limit']} rows of each kind"
-        return f"against {said['against']} on {said['data']}, windows of {said['window']} tokens{limit}"
+        rules = f", benchmarks by the rules of {said['rules']}" if "rules" in said else ""
+        return f"against {said['against']} on {said['data']}, windows of {said['window']} tokens{limit}{rules}"
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,7 @@ def read_evaluation(body: Mapping[str, Any]) -> Evaluation:
         ("data", ", ".join(map(str, data)) if isinstance(data, list) and data else "mopeq's built-in text"),
         ("window", str(body.get("window"))),
         ("limit", "none" if body.get("limit") is None else str(body["limit"])),
+        *((key, str(body[key])) for key in ("rules", "wording") if body.get(key) is not None),
     )
     tasks = [read_task(name, row) for name, row in (body.get("tasks") or {}).items()]
     answers = body.get("answers") or {}

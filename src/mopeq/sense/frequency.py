@@ -5,7 +5,7 @@ Tokens are also counted gate-weighted and by modality; padding is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,19 @@ class Counts:
         counted = (masks["text"] | masks["image"]).to(index_TK.device)[:, None] & inside_TK
         weights = torch.bincount(index_TK[counted], weight_TK[counted].detach().double(), minlength=self.experts)
         self.gate_weight[row] += weights.cpu()
+
+    def take(self) -> dict[str, Tensor]:
+        """What was counted since the last time, for `add`; counting begins anew."""
+        counted = {f"tokens_{name}": t for name, t in self.tokens.items()} | {"gate_weight": self.gate_weight}
+        taken = {name: t.clone() for name, t in counted.items()}
+        for tensor in counted.values():
+            tensor.zero_()
+        return taken
+
+    def add(self, taken: Mapping[str, Tensor]) -> None:
+        self.gate_weight += taken["gate_weight"]
+        for name, tokens in self.tokens.items():
+            tokens += taken[f"tokens_{name}"]
 
     @property
     def total(self) -> np.ndarray:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mopeq.nouns import Sensitivity
+from mopeq.nouns import MoELayer, Sensitivity
 from mopeq.progress import progress
 from mopeq.sense.scene import Scene, from_scores
-from mopeq.stream import read_layer
+from mopeq.stream import each_expert
 
 
 def closed_form(w: torch.Tensor) -> torch.Tensor:
@@ -24,13 +24,16 @@ def closed_form(w: torch.Tensor) -> torch.Tensor:
 
 def scores(scene: Scene) -> np.ndarray:
     """The closed form for every linear of the spec."""
-    rows = []
+
+    def work(layer: MoELayer, e: int, weights: dict[str, torch.Tensor]) -> list[float]:
+        return [closed_form(weights[q][None]).item() for q in layer.projections]
+
+    found: list[float] = []
     with progress("sense: hessian", scene.spec.expert_params, "weights") as p:
-        for layer in scene.spec.layers:
-            weights = read_layer(scene.folder, scene.spec, layer)
-            rows.append(torch.stack([closed_form(weights[q]) for q in layer.projections], dim=1).flatten())
-            p.step(sum(w.numel() for w in weights.values()))
-    return torch.cat(rows).numpy()
+        for layer, _, scores_P in each_expert(scene.folder, scene.spec, scene.spec.layers, work):
+            found += scores_P
+            p.step(layer.params / layer.experts)
+    return np.array(found)
 
 
 def sense(scene: Scene) -> Sensitivity:

@@ -1,15 +1,20 @@
-"""Second moments of every expert's own routed inputs: what a calibrated quantizer needs to know of the data.
+"""Second moments of every expert's own routed inputs, and of the loss's gradients at its outputs: what calibrated
+quantizers need to know of the data.
 
 gate and up see the hidden states routed to the expert, down sees the gated product computed with original weights.
 Moments are sums of |g| x x^T in float32 over the tokens, in the order shown; padding is left out. g is the weight the
 router gives the expert's output: measured at 2 bits, weighting by it once lowers the KL by 4 % against no weighting
 and by 2 % against its square (which is what the output's squared error alone would ask for).
+
+Moments of gradients are sums of g g^T over the same tokens, g the gradient of the loss of sampled labels at a
+projection's outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +23,9 @@ from torch import Tensor
 from mopeq.data.encode import no_padding
 from mopeq.nouns import MoELayer, MoESpec
 from mopeq.progress import progress
+from mopeq.quant import moment_bytes
 from mopeq.seam import Seen, model_layers, plain_forward, watch
+from mopeq.sense.labels import sampled_loss
 from mopeq.sense.scene import Batch, shows
 from mopeq.walk.parts import resident
 from mopeq.walk.walking import Walk
@@ -28,11 +35,13 @@ PRIOR_TOKENS = 128  # of the layer's mean moments, added to each expert's
 
 @dataclass
 class Moments:
-    """One layer's: `x` [E, in, in] of gate's and up's inputs, `h` [E, I, I] of down's, tokens seen per expert [E]."""
+    """One layer's: `x` [E, in, in] of gate's and up's inputs, `h` [E, I, I] of down's, tokens seen per expert [E];
+    `gradients` {projection: [E, out, out]} where they were asked for."""
 
     x: Tensor
     h: Tensor
     tokens_E: Tensor
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, projection: str) -> Tensor:
         return self.h if projection == "down" else self.x
@@ -42,49 +51,63 @@ class Moments:
         """Experts that no calibration token reached."""
         return [e for e, n in enumerate(self.tokens_E.tolist()) if n == 0]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all inputs were: a diagonal tells of its whole matrix."""
+        return all(bool(m.diagonal(dim1=-2, dim2=-1).isfinite().all()) for m in (self.x, self.h))
+
     def fill_starved(self) -> None:
         """Lean every expert on its layer: as if PRIOR_TOKENS tokens of the layer's mean had been routed to it as well.
 
         Experts with many tokens hardly notice; those with none are tuned for the layer's mean alone.
         """
         if tokens := int(self.tokens_E.sum()):
-            for moments in (self.x, self.h):
+            for moments in (self.x, self.h, *self.gradients.values()):
                 moments += moments.sum(0) * (PRIOR_TOKENS / tokens)
 
 
-def layer_bytes(layer: MoELayer) -> int:
-    """Memory of one layer's moments."""
-    intermediate, hidden = layer.shapes["up"]
-    return 4 * layer.experts * (hidden**2 + intermediate**2)
-
-
 def collect(
-    model: Any, spec: MoESpec, batches: Sequence[Batch], memory_bytes: int, wanted: set[int] | None = None
+    model: Any,
+    spec: MoESpec,
+    batches: Sequence[Batch],
+    memory_bytes: int,
+    wanted: set[int] | None = None,
+    label_seed: int | None = None,
 ) -> Iterator[tuple[MoELayer, Moments]]:
     """The moments of the MoE layers wanted (all by default) of a model in memory, as many a pass over the data as
-    `memory_bytes` allows, at least one."""
+    `memory_bytes` allows, at least one; with those of gradients where labels have a seed."""
+    model.requires_grad_(False)
     walking = Walk(resident(model, spec))
+    gradients = label_seed is not None
     pairs = [layer for layer, _ in model_layers(spec, model) if wanted is None or layer.layer in wanted]
     at = 0
     while at < len(pairs):
         end, used = at, 0
-        while end < len(pairs) and (end == at or used + layer_bytes(pairs[end]) <= memory_bytes):
-            used += layer_bytes(pairs[end])
+        while end < len(pairs) and (end == at or used + moment_bytes(pairs[end], gradients) <= memory_bytes):
+            used += moment_bytes(pairs[end], gradients)
             end += 1
         with progress("calibrate", end - at, "layers") as p:
-            for layer, _, moments in gather(walking, batches, {layer.layer for layer in pairs[at:end]}):
+            for layer, _, moments in gather(walking, batches, {layer.layer for layer in pairs[at:end]}, label_seed):
                 p.step(1)
                 yield layer, moments
         at = end
 
 
-def gather(walking: Walk, batches: Sequence[Batch], wanted: set[int]) -> Iterator[tuple[MoELayer, Any, Moments]]:
-    """(layer, experts module, moments) of the MoE layers wanted, each as soon as all batches have passed it, while the
-    module has its weights."""
+def gather(
+    walking: Walk, batches: Sequence[Batch], wanted: set[int], label_seed: int | None = None
+) -> Iterator[tuple[MoELayer, Any, Moments]]:
+    """(layer, experts module, moments) of the MoE layers wanted, each as soon as all batches have passed it (on the way
+    back, where gradients are asked for by a seed for their labels), while the module has its weights."""
     left = len(wanted)
-    for visit in walking.forward(shows(walking, batches), layers_only=True):
-        pairs = [(layer, module) for layer, module in visit.layers if layer.layer in wanted]
-        adding = Adding(walking, batches, pairs)
+    if label_seed is None:
+        visits = walking.forward(shows(walking, batches), layers_only=True)
+    else:
+        generator = torch.Generator().manual_seed(label_seed)
+        visits = walking.gradients([partial(sampled_loss, walking, batch, generator) for batch in batches])
+    for visit in visits:
+        here = visit.layers if visit.backward or label_seed is None else ()
+        pairs = [(layer, module) for layer, module in here if layer.layer in wanted]
+        adding = Adding(walking, batches, pairs, gradients=visit.backward)
         with watch(walking.model, adding):
             visit.run()
         for layer, module in pairs:
@@ -95,9 +118,11 @@ def gather(walking: Walk, batches: Sequence[Batch], wanted: set[int]) -> Iterato
 
 
 class Adding:
-    """Watches some layers and adds up their moments."""
+    """Watches some layers and adds up their moments; with those of gradients, which the backward pass brings."""
 
-    def __init__(self, walking: Walk, batches: Sequence[Batch], pairs: Sequence[tuple[MoELayer, Any]]):
+    def __init__(
+        self, walking: Walk, batches: Sequence[Batch], pairs: Sequence[tuple[MoELayer, Any]], gradients: bool = False
+    ):
         self.walking, self.batches = walking, batches
         self.found: dict[int, Moments] = {}  # by id of the experts module
         for layer, module in pairs:
@@ -107,6 +132,10 @@ class Adding:
                 torch.zeros(layer.experts, intermediate, intermediate, device=walking.device),
                 torch.zeros(layer.experts, dtype=torch.int64),
             )
+            if gradients:
+                for p, (out, _) in layer.shapes.items():
+                    kept = torch.zeros(layer.experts, out, out, device=walking.device)
+                    self.found[id(module)].gradients[p] = kept
 
     def __call__(self, module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         moments = self.found.get(id(module))
@@ -116,10 +145,20 @@ class Adding:
 
         def see(seen: Seen) -> None:
             keep = valid_T[seen.tokens]
-            x, h = seen.inputs["up"][keep].float(), seen.inputs["down"][keep].float()
-            g = seen.weight[keep].float().abs().unsqueeze(-1)
+            x, h = (seen.inputs[p].detach()[keep].float() for p in ("up", "down"))
+            g = seen.weight.detach()[keep].float().abs().unsqueeze(-1)
             moments.x[seen.expert].addmm_((x * g).T, x)
             moments.h[seen.expert].addmm_((h * g).T, h)
             moments.tokens_E[seen.expert] += x.shape[0]
+            for p, sums in moments.gradients.items():
+                seen.outputs[p].register_hook(partial(add_squares, sums[seen.expert], keep))
 
+        if moments.gradients:
+            x_TH.requires_grad_(True)  # so that the first layer's matrices have gradients; the weights need none
         return plain_forward(module, x_TH, index_TK, weight_TK, see)
+
+
+def add_squares(sums_NN: Tensor, keep_S: Tensor, g_SN: Tensor) -> None:
+    """Hook of a projection's outputs, called with their gradient."""
+    g = g_SN.detach()[keep_S].float()
+    sums_NN.addmm_(g.T, g)

@@ -16,7 +16,7 @@ weigh as much as a page of text. What is left out: terms between different matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,20 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs, no_padding
+from mopeq.data.encode import no_padding
 from mopeq.nouns import MoELayer, Sensitivity
 from mopeq.progress import progress
 from mopeq.quant import QUANTIZERS
 from mopeq.seam import Seen, plain_forward, watch, weights
 from mopeq.sense.frequency import Counts, token_facts
+from mopeq.sense.labels import predicting, sampled_loss, skip_draws
 from mopeq.sense.moments import Adding
-from mopeq.sense.scene import Batch, Scene, shows, walk
+from mopeq.sense.scene import Scene, shows, walk
 from mopeq.tables import pick
 from mopeq.tensors import QWeight
-from mopeq.walk.walking import Visit, Walk
+from mopeq.walk.walking import Run, Visit, Walk
 
 CHUNK = 1 << 24  # weights quantized at a time
-DRAWN = 256  # rows whose labels are drawn at a time
 
 
 def fisher(scene: Scene) -> Sensitivity:
@@ -87,6 +87,7 @@ class Taker:
         self.kind, self.scene, self.walking = kind, scene, walking
         self.counts = Counts(scene, walking.model, lambda: walking.now)
         self.counting = True
+        self.done: set[int] = set()  # batches whose forms are there, or are others' to take
         self.layer_of: dict[int, MoELayer] = {}  # by id of the experts module
         self.candidates: dict[tuple[int, str], list[QWeight]] = {}  # per format
         self.found: dict[tuple[int, int, str], Tensor] = {}
@@ -156,25 +157,36 @@ def add_taken(found_F: Tensor, take: Callable[[Tensor], Tensor], keep_S: Tensor,
 
 def sense(scene: Scene, kind: str) -> Sensitivity:
     shape = {x.layer: (x.experts, len(x.projections), len(scene.formats)) for x in scene.spec.layers}
-    cost = {n: np.zeros(size) for n, size in shape.items()}
-    variance = {n: np.zeros(size) for n, size in shape.items()}
-    generator = torch.Generator().manual_seed(scene.seed)
+    halves = 2 if len(scene.batches) > 1 else 0
+    cost = {
+        n: {"mean": np.zeros(size), "variance": np.zeros(size), "halves": np.zeros((halves, *size))}
+        for n, size in shape.items()
+    }
     with walk(scene, exact=kind != "error") as walking:
         taker = Taker(kind, scene, walking)
-        if kind == "error":
-            visits = walking.forward(shows(walking, scene.batches), layers_only=True)
-        else:
-            visits = walking.gradients([partial(sampled_loss, walking, b, generator) for b in scene.batches])
+        visits = visits_of(taker, scene, walking)
         with progress(f"sense: {kind}", len(scene.spec.layers), "layers") as p:
             for visit in visits:
                 taker.counting = walking.whole or not visit.backward
                 pairs = visit.layers if visit.backward or kind == "error" else ()
-                taker.layer_of = {id(module): layer for layer, module in pairs}
-                taker.candidates = candidates(scene, walking, visit, pairs)
+                kept = {x.layer: found for x, _ in pairs if (found := scene.kept.load(f"layer-{x.layer}")) is not None}
+                todo = [(layer, module) for layer, module in pairs if layer.layer not in kept]
+                taker.layer_of = {id(module): layer for layer, module in todo}
+                counts = take_up(scene, taker) if walking.whole else {}
+                taker.candidates = candidates(scene, walking, visit, todo if len(counts) < len(scene.batches) else ())
+                taker.done = set(counts)  # from here on: moments were of all batches
                 with watch(walking.model, taker):
-                    visit.run()
+                    for number, _ in enumerate(visit.each()):
+                        if walking.whole and number not in counts:
+                            counts[number] = keep(scene, taker, number)
+                for number in range(len(counts)):  # in their order, whoever took them
+                    taker.counts.add(counts[number])
+                for layer, _ in todo:
+                    kept[layer.layer] = estimate(scene, layer, taker.found)
+                    if not walking.whole:
+                        scene.kept.save(f"layer-{layer.layer}", kept[layer.layer])
                 for layer, _ in pairs:
-                    cost[layer.layer], variance[layer.layer] = estimate(scene, layer, taker.found)
+                    cost[layer.layer] = kept[layer.layer]
                 p.step(len(pairs))
                 taker.found.clear()
                 taker.candidates.clear()  # before the next layer comes
@@ -182,27 +194,105 @@ def sense(scene: Scene, kind: str) -> Sensitivity:
         kind,
         tuple(i for i, _ in scene.spec.linears),
         scene.formats,
-        np.concatenate([c.reshape(-1, len(scene.formats)) for c in cost.values()]),
-        stderr_IF=np.sqrt(np.concatenate([v.reshape(-1, len(scene.formats)) for v in variance.values()])),
+        by_linear([c["mean"] for c in cost.values()]),
+        stderr_IF=np.sqrt(by_linear([c["variance"] for c in cost.values()])),
+        halves_HIF=np.stack([by_linear([c["halves"][h] for c in cost.values()]) for h in (0, 1)]) if halves else None,
         unit="score" if kind == "error" else "nats per token",
         data_digest=scene.data_digest,
         **token_facts(scene, taker.counts),
     )
 
 
-def estimate(
-    scene: Scene, layer: MoELayer, found: Mapping[tuple[int, int, str], Tensor]
-) -> tuple[np.ndarray, np.ndarray]:
-    """A layer's costs [E, P, F] and their variances, from the quadratic forms of all batches."""
-    sums: dict[str, Sums] = {}
+def by_linear(layers_EPF: Sequence[np.ndarray]) -> np.ndarray:
+    """Layers' [E, P, F] as [I, F], in the order of the spec's linears."""
+    return np.concatenate([layer.reshape(-1, layer.shape[-1]) for layer in layers_EPF])
+
+
+def visits_of(taker: Taker, scene: Scene, walking: Walk) -> Iterator[Visit]:
+    """All batches through the model, and back where gradients are asked for; those done are left out."""
+    generator = torch.Generator().manual_seed(scene.seed)
+
+    def unless_done(number: int, run: Run) -> Tensor | None:
+        if number not in taker.done:
+            return run()
+        if taker.kind != "error":
+            skip_draws(generator, int(predicting(scene.batches[number]).sum()))
+        return None
+
+    runs = shows(walking, scene.batches)
+    if taker.kind != "error":
+        runs = [partial(sampled_loss, walking, b, generator) for b in scene.batches]
+    once = [partial(unless_done, number, run) for number, run in enumerate(runs)]
+    return walking.forward(once, layers_only=True) if taker.kind == "error" else walking.gradients(once)
+
+
+def share(scene: Scene, kind: str, layers: Sequence[int], batches: Sequence[int]) -> None:
+    """A part of sensing a model in memory, for `sense` to take up: the candidates of some layers; or some batches,
+    once all candidates are there."""
+    with walk(scene, exact=kind != "error") as walking:
+        assert walking.whole
+        taker = Taker(kind, scene, walking)
+        visit = next(visits_of(taker, scene, walking))
+        if layers:
+            candidates(scene, walking, visit, [pair for pair in visit.layers if pair[0].layer in layers])
+        if batches:
+            taker.layer_of = {id(module): layer for layer, module in visit.layers}
+            taker.candidates = candidates(scene, walking, visit, visit.layers)
+            taker.done = set(range(len(scene.batches))) - set(batches)
+            with watch(walking.model, taker):
+                for number, _ in enumerate(visit.each()):
+                    if number in batches:
+                        keep(scene, taker, number)
+
+
+def keep(scene: Scene, taker: Taker, number: int) -> dict[str, Tensor]:
+    """Have the run directory keep what a batch left; its counts, taken away from the taker's."""
+    counts = taker.counts.take()
+    forms = {f"{layer}.{p}": form for (n, layer, p), form in taker.found.items() if n == number}
+    scene.kept.save(f"batch-{number}", {name: t.cpu().numpy() for name, t in (counts | forms).items()})
+    return counts
+
+
+def take_up(scene: Scene, taker: Taker) -> dict[int, dict[str, Tensor]]:
+    """The batches that are kept: their forms given to the taker, and the counts of each."""
+    counts: dict[int, dict[str, Tensor]] = {}
+    for number in range(len(scene.batches)):
+        if (kept := scene.kept.load(f"batch-{number}")) is not None:
+            tensors = {name: torch.from_numpy(array) for name, array in kept.items()}
+            for name in [name for name in tensors if "." in name]:
+                layer, _, p = name.partition(".")
+                taker.found[number, int(layer), p] = tensors.pop(name)
+            counts[number] = tensors
+    return counts
+
+
+def estimate(scene: Scene, layer: MoELayer, found: Mapping[tuple[int, int, str], Tensor]) -> dict[str, np.ndarray]:
+    """A layer's costs: `mean` [E, P, F] and its `variance` over all batches; `halves` [2, E, P, F] the means of every
+    other batch and of those between, each for checking what was made from the other ([0, …] of a single batch)."""
     unused = torch.zeros(layer.experts, len(scene.formats), dtype=torch.float64)  # a picture tower's, without pictures
-    for number, batch in enumerate(scene.batches):
-        value = torch.stack([found.get((number, layer.layer, p), unused) for p in layer.projections], 1).cpu().numpy()
+    values = [
+        torch.stack([found.get((n, layer.layer, p), unused) for p in layer.projections], 1).cpu().numpy()
+        for n in range(len(scene.batches))
+    ]
+    whole = summed(scene, values, slice(None))
+    halves = [summed(scene, values, slice(h, None, 2)) for h in (0, 1) if len(values) > 1]
+    return {
+        "mean": np.mean([s.mean() for s in whole], axis=0),
+        "variance": np.sum([s.variance() for s in whole], axis=0) / len(whole) ** 2,
+        "halves": np.array([np.mean([s.mean() for s in half], axis=0) for half in halves]).reshape(
+            -1, *values[0].shape
+        ),
+    }
+
+
+def summed(scene: Scene, values: Sequence[np.ndarray], which: slice) -> list[Sums]:
+    """Sums of some batches, a modality each."""
+    sums: dict[str, Sums] = {}
+    for batch, value in zip(scene.batches[which], values[which], strict=True):
         zero = np.zeros_like(value)
         kept = sums.setdefault("image" if "image_mask" in batch else "text", Sums(zero, zero.copy(), zero.copy()))
         kept.add(value, float(predicting(batch).sum()))
-    mean = np.mean([s.mean() for s in sums.values()], axis=0)
-    return mean, np.sum([s.variance() for s in sums.values()], axis=0) / len(sums) ** 2
+    return list(sums.values())
 
 
 def candidates(
@@ -212,11 +302,13 @@ def candidates(
     if not pairs:
         return {}
     quantize = pick(QUANTIZERS, scene.quantizer, "quantization method")
-    adding = Adding(walking, scene.batches, pairs if QUANTIZERS[scene.quantizer].needs_data else ())
+    needs_data = QUANTIZERS[scene.quantizer].needs_data
+    made = kept_candidates(scene, pairs) if walking.whole else {}
+    pairs = [(layer, module) for layer, module in pairs if (layer.layer, layer.projections[0]) not in made]
+    adding = Adding(walking, scene.batches, pairs if needs_data else ())
     if adding.found:
         with watch(walking.model, adding):
             visit.rehearse()
-    made = {}
     for layer, module in pairs:
         seen = adding.found.pop(id(module), None)
         if seen is not None:
@@ -233,34 +325,26 @@ def candidates(
                 )
                 for fmt in scene.formats
             ]
+        if walking.whole and scene.kept.has_room(len(scene.formats) * layer.params):
+            parts = {
+                (p, f): made[layer.layer, p][f].pack() for p in layer.projections for f in range(len(scene.formats))
+            }
+            arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in parts.items() for k, t in part.items()}
+            scene.kept.save(f"candidates-{layer.layer}", arrays)
     return made
 
 
-def sampled_loss(walking: Walk, batch: Batch, generator: torch.Generator) -> Tensor | None:
-    """The summed loss (nats) of labels drawn from the model's own predictions, over the positions that predict.
-
-    None, and nothing is drawn, where no gradient is asked for: in a rehearsal.
-    """
-    predicts_BT = predicting(batch).to(walking.device)
-    logits_SV = walking.model(**model_inputs(batch, walking.device), use_cache=False).logits[predicts_BT].float()
-    if not torch.is_grad_enabled():
-        return None
-    labels_S = torch.cat([draw(rows, generator) for rows in logits_SV.detach().split(DRAWN)])
-    return torch.nn.functional.cross_entropy(logits_SV, labels_S.to(walking.device), reduction="sum")
-
-
-def draw(logits_SV: Tensor, generator: torch.Generator) -> Tensor:
-    """A label for each row, by inverse distribution on the CPU, so that every device draws alike."""
-    cumulative = logits_SV.double().softmax(-1).cumsum(-1).cpu()
-    u = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, u).squeeze(-1).clamp_max(cumulative.shape[-1] - 1)
-
-
-def predicting(batch: Batch) -> Tensor:
-    """Positions [B, T] whose prediction counts: those before an answer's tokens, else all that are no padding."""
-    valid = no_padding(batch)
-    if "answer_mask" not in batch:
-        return valid & ~batch.get("image_mask", torch.zeros_like(valid)).bool()
-    ahead = torch.zeros_like(valid)
-    ahead[:, :-1] = batch["answer_mask"][:, 1:].bool()
-    return ahead & valid
+def kept_candidates(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> dict[tuple[int, str], list[QWeight]]:
+    """Those that an earlier run made: the dearest part of sensing a model in memory."""
+    made: dict[tuple[int, str], list[QWeight]] = {}
+    for layer, module in pairs:
+        kept = scene.kept.load(f"candidates-{layer.layer}")
+        if kept is None:
+            continue
+        device = weights(module)[layer.projections[0]].device
+        for p in layer.projections:
+            made[layer.layer, p] = []
+            for f, fmt in enumerate(scene.formats):
+                parts = {k: torch.from_numpy(kept[f"{p}.{f}.{k}"]).to(device) for k in fmt.shapes(1, 1)}
+                made[layer.layer, p].append(QWeight.unpack(parts, fmt, *layer.shapes[p]))
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from mopeq.data.encode import model_inputs
 from mopeq.errors import MopeqError
 from mopeq.nouns import Format, MoESpec, Sensitivity
+from mopeq.rundir import Kept
 from mopeq.walk.parts import Parts, resident
 from mopeq.walk.shelf import shelf
 from mopeq.walk.walking import Run, Walk
@@ -29,7 +30,7 @@ class Scene:
     `model(attention)` loads the model (float32 on CPU); `batches` are encoded calibration, each with `image_mask`
     where pictures are in it. `scope` is "model" or "layer", for scores that are scaled before they are combined.
     `quantizer` is a row's name in QUANTIZERS. Where the model is not to be in memory whole, `parts(exact)` gives it
-    layer by layer, and activations beyond `memory_bytes` wait in `scratch`.
+    layer by layer, and activations beyond `memory_bytes` wait in `scratch`. `kept` has what an earlier run did.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Scene:
     memory_bytes: int = 1 << 32
     parts: Callable[[bool], Parts] | None = None
     scratch: Path | None = None
+    kept: Kept = field(default_factory=Kept)
 
 
 @contextmanager

@@ -124,9 +124,11 @@ def measure_ceilings(device: str) -> dict[str, float]:
         bandwidth = 8 * block.numel() / time_calls([block.sum], device)
         n, dtype = 2048, torch.float32
     else:
-        block = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=device)
+        block = torch.randint(0, 1 << 30, (1 << 28,), dtype=torch.int32, device=device)
         other = torch.empty_like(block)
-        bandwidth = 2 * block.numel() / time_calls([lambda: other.copy_(block)] * 4, device)
+        # in a graph `copy_` may go to a copy engine, which is slower than the processors
+        ways = (lambda: other.copy_(block)), (lambda: torch.bitwise_not(block, out=other))
+        bandwidth = max(8 * block.numel() / time_calls([way] * 4, device) for way in ways)
         n, dtype = 8192, torch.bfloat16
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     return {"bytes_per_s": bandwidth, "flop_per_s": 2 * n**3 / time_calls([lambda: a @ b] * 4, device)}

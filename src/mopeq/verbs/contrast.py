@@ -10,6 +10,7 @@ from typing import Any
 from mopeq.checkpoint import read_json
 from mopeq.errors import BadInput
 from mopeq.evaluate.paired import mean_of
+from mopeq.evaluate.text import KIT
 from mopeq.packed import MANIFEST, content_digest
 from mopeq.report.facts import Change, Contrast, read_change
 
@@ -64,6 +65,8 @@ def task_changes(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator
     def asked(items: Mapping[str, Any], task: str) -> list[Any]:
         return [(a["index"], a["source"]) for a in items["answers"] if a["task"] == task]
 
+    if mine.get("rules", KIT) != theirs.get("rules", KIT):  # other rules, other scores
+        return
     for task, units in mine["units"].items():
         other = theirs["units"].get(task)
         if other is None or len(other) != len(units) or asked(mine, task) != asked(theirs, task):

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 
 from mopeq.checkpoint import find_folder, open_checkpoint
+from mopeq.data.benchmarks import kind_of
 from mopeq.data.encode import Batch, batches, model_inputs
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor
 from mopeq.data.readers import Item, builtin, read
+from mopeq.data.wordings import WORDINGS, worded
 from mopeq.errors import BadInput
 from mopeq.evaluate.compare import Comparison, Logits, compare
 from mopeq.evaluate.generate import answerer
-from mopeq.evaluate.tasks import Answer, agreement, run_tasks, task_places
+from mopeq.evaluate.tasks import Answer, agreement, known_rules, run_tasks, task_places
+from mopeq.evaluate.text import KIT
 from mopeq.families.standard import read_spec
+from mopeq.harness.lm_eval import find_tasks, run_harness
 from mopeq.memory import SHARE, available_memory
 from mopeq.models import load_model, pick_device
 from mopeq.nouns import digest_of, parse_size
@@ -40,16 +44,22 @@ def evaluate(
     device: str = "auto",
     save: str | Path | None = None,
     max_memory: str | int | None = None,
+    rules: str = KIT,
+    lm_eval: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure OUT (a packed checkpoint, or any checkpoint transformers loads) on data; docs/commands.md has the JSON.
 
     against: the original; without it only perplexity and tasks. data: .jsonl, .tsv, .txt; mopeq's built-in text if
     none. window: tokens of joined text. tasks: names to keep. limit: most windows of text, and most items of a task.
     max_memory: where both models do not fit (by default: the free memory), the original is run layer by layer.
+    rules: of VLMEvalKit's benchmarks, "vlmeval-0.0.20" or "paper" (evaluate/metrics.py tells the difference).
+    lm_eval: tasks of lm-evaluation-harness by name, and folders or files of such tasks; `limit` holds for them too.
     save: per-item records (JSON lines). float32 throughout. BadInput for unreadable data or folders.
     """
     folder, _ = find_folder(out)
     source = None if against is None else find_folder(against)[0]  # a wrong path is said before anything is loaded
+    known_rules(rules)
+    harness = find_tasks(lm_eval) if lm_eval else None
     if window < 2:
         raise BadInput(f"--window {window} is too short", "a window holds at least 2 tokens, for example --window 2048")
     items = [item for path in data for item in read(path)] if data else builtin()
@@ -59,7 +69,9 @@ def evaluate(
     processor = load_processor(folder)
     chosen = pick_device(device)
     packed = load_model(folder, torch.float32, chosen)
-    asked = by_task([item for item in items if item.text is None and item.answer is not None], tasks, limit)
+    family = packed.config.model_type
+    questions = [worded(item, family) for item in items if item.text is None and item.answer is not None]
+    asked = by_task(questions, tasks, limit)
     shown = rows(items, processor, packed.config, window, limit, asked)
     original, whole = (None, None) if source is None else original_logits(source, chosen, max_memory, shown)
     result: dict[str, Any] = {"out": str(out), "against": None if against is None else str(against)}
@@ -67,15 +79,20 @@ def evaluate(
     result |= measured.to_json()
     records: list[dict[str, Any]] = []
     units: dict[str, list[float]] = {}
-    result["tasks"] = answer_tasks(asked, packed, whole, source, processor, records, units) if asked else {}
+    result["tasks"] = answer_tasks(asked, packed, whole, source, processor, rules, records, units) if asked else {}
+    if harness is not None:
+        result["tasks"] |= run_harness(harness, packed, whole, processor, limit, records, units)
     result["answers"] = agreement(records)
     result |= {"data": [Path(path).name for path in data], "window": window, "limit": limit}
+    if any(kind_of(item.meta.get("dataset", "")) for item in asked):
+        result |= {"rules": rules, "wording": family if family in WORDINGS else "default"}
     if save is not None:
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_atomic(Path(save), ("\n".join(lines) + "\n").encode())
     if (folder / MANIFEST).exists():
         result["digest"] = content_digest(folder)
-        save_beside(folder, result, {"rows": [vars(r) for r in measured.rows], "answers": records, "units": units})
+        kept = {"rows": [vars(row) for row in measured.rows], "answers": records, "units": units, "rules": rules}
+        save_beside(folder, result, kept)
     return result
 
 
@@ -162,6 +179,7 @@ def answer_tasks(
     original: Any | None,
     source: Path | None,
     processor: Any,
+    rules: str,
     records: list[dict[str, Any]],
     units: dict[str, list[float]],
 ) -> dict[str, Any]:
@@ -177,7 +195,7 @@ def answer_tasks(
             return answer
 
         other = None if original is None else remembered(counted(original), str(source))
-        return run_tasks(asked, counted(packed), records=records, original=other, units=units)
+        return run_tasks(asked, counted(packed), rules, records=records, original=other, units=units)
 
 
 ANSWERS: dict[str, list[str]] = {}

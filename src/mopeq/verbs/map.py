@@ -12,9 +12,10 @@ from mopeq.errors import BadInput
 from mopeq.nouns import PrecisionMap, Sensitivity
 from mopeq.options import Options
 from mopeq.packed import RUN, read_map
+from mopeq.progress import say
 from mopeq.rundir import RunDir, read_sensitivity
 from mopeq.sense import SENSORS
-from mopeq.stages import Job, open_job, skips_sense, solve
+from mopeq.stages import Job, decide, open_job, skips_sense
 
 
 def show(
@@ -53,14 +54,19 @@ def solve_again(out: Path, avg_bits: float | None, fit: str | int | None) -> tup
     if not (out / RUN).exists():
         raise BadInput(f"{out} has no {RUN}", "another budget is solved for a finished checkpoint of `mopeq quantize`")
     facts = read_json(out / RUN)
-    job = job_of(facts, avg_bits, fit)
+    try:
+        job = job_of(facts, avg_bits, fit)
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise BadInput(f"{out / RUN} is damaged: {problem}", "copy or make the checkpoint again") from None
     sensitivity = None
     if not skips_sense(job):
         run = run_of(out, facts)
         sensitivity = saved_sensitivity(run, facts, job)
         if sensitivity is None:
             raise BadInput(f"{run.path} holds no {job.options.sensitivity} sensitivity", "quantize once with --run DIR")
-    map_ = solve(job, sensitivity)
+    map_, notes = decide(job, sensitivity)
+    for note in notes:
+        say(f"note: {note}")
     total = job.fixed + map_.nbytes(job.spec)
     return map_, {
         "bytes_weights": total,

@@ -175,6 +175,8 @@ def packed_parts(out: Path, map_: PrecisionMap) -> dict[str, dict[str, int]]:
     others: dict[str, TensorInfo] = {}
     for name, tensor in open_checkpoint(out).tensors.items():
         stem, *rest = name.rsplit(".", 3)  # <prefix>.<expert>.<projection>_proj.<suffix>
+        if not tensor.nbytes:
+            continue
         if stem in prefixes and rest[0].isdigit():
             add(found, "routed expert", KINDS.get(rest[-1], "other"), tensor.nbytes)
         elif name == PADDING:

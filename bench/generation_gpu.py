@@ -1,0 +1,170 @@
+"""A language model in DeepSeek-VL2-Base's shape, of random weights, at work: tokens a second, packed and in bf16.
+
+    python bench/generation_gpu.py packed gemv grouped_mm batched_mm [--compile]
+
+Each step is one CUDA graph over a fixed cache, the next token included; one sequence, from an empty cache. `packed` has
+mopeq's experts (2, 3, 4 bits in equal shares, group 64); `grouped_mm` and `batched_mm` are transformers' two ways in
+bf16; `gemv` is bf16 by the gather-GEMV that `mopeq bench` compares with. --compile has torch.compile make each decoder
+layer, but for `packed` and `gemv` experts, which it cannot look into. Everything but the routed experts is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from mopeq.verbs.layers import SHAPES, Shape, random_experts
+
+WIDTHS = (2, 3, 4)
+CACHE = 512  # positions
+TOKENS = 128  # generated for one time
+BASE = dict(num_hidden_layers=30, vocab_size=129280, intermediate_size=12288, num_attention_heads=32)
+SMALL = dict(num_hidden_layers=3, vocab_size=100, intermediate_size=96, num_attention_heads=4)
+
+
+class FixedCache:
+    """One layer's keys and values of CACHE positions, written where `at` says: what a CUDA graph can replay."""
+
+    def __init__(self, at: Tensor):
+        self.at, self.keys, self.values = at, None, None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None:
+            self.keys, self.values = (t.new_zeros(*t.shape[:2], CACHE, t.shape[3]) for t in (keys, values))
+        self.keys.index_copy_(2, self.at, keys)
+        self.values.index_copy_(2, self.at, values)
+        return self.keys, self.values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+class GemvExperts(nn.Module):
+    """bf16 experts by a gather-GEMV: the best bf16 we know for one token."""
+
+    def __init__(self, original: Any):
+        super().__init__()
+        self.top, self.down = original.gate_up_proj, original.down_proj
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        from mopeq.verbs.gemv import gemv
+
+        pairs, ids, k, (_, hidden, inner) = index.numel(), index.flatten(), index.shape[1], self.down.shape
+        top, out = x.new_empty(pairs, 2 * inner), x.new_empty(pairs, hidden)
+        gemv[(-(-2 * inner // 8), pairs)](self.top, x, top, ids, hidden, 2 * inner, k, 8, 512)
+        h = silu(top[:, :inner]) * top[:, inner:]
+        gemv[(-(-hidden // 8), pairs)](self.down, h, out, ids, inner, hidden, 1, 8, 256)
+        return (out.view(-1, k, hidden) * weight.to(out.dtype)[..., None]).sum(1)
+
+
+def model_of(way: str, shape: Shape, sizes: dict[str, int], device: str, dtype: torch.dtype, opaque: bool) -> Any:
+    """The model, its experts in that `way`."""
+    from transformers import AutoModelForCausalLM, DeepseekV2Config
+
+    packed = way == "packed"  # then no experts are made in bf16 first: one tiny one is, and its width made up for
+    inner = 8 if packed else shape.inner
+    config = DeepseekV2Config(
+        hidden_size=shape.hidden, moe_intermediate_size=inner, n_shared_experts=2 * shape.inner // inner,
+        n_routed_experts=1 if packed else shape.experts, num_experts_per_tok=shape.choices, q_lora_rank=None,
+        first_k_dense_replace=1, n_group=1, topk_group=1, max_position_embeddings=4096, **sizes,
+        num_key_value_heads=sizes["num_attention_heads"],
+    )  # fmt: skip
+    how = way if way in ("grouped_mm", "batched_mm") else "eager"
+    with torch.device(device):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", experts_implementation=how
+        ).eval()
+    for seed, layer in enumerate(model.model.layers[1:]):
+        moe = layer.mlp
+        router = torch.randn(shape.experts, shape.hidden, device=device, dtype=dtype) * 0.02
+        moe.gate.weight, moe.gate.num_experts = nn.Parameter(router, requires_grad=False), shape.experts
+        if packed:
+            moe.experts = random_experts(shape, WIDTHS, device, seed=seed)
+        elif way == "gemv":
+            moe.experts = GemvExperts(moe.experts)
+        if opaque and way in ("packed", "gemv"):
+            moe.experts.forward = torch.compiler.disable(moe.experts.forward)
+    return model
+
+
+def with_cache(layer: nn.Module, cache: FixedCache, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(layer, *args, **kwargs | {"past_key_values": cache})
+
+    return call
+
+
+def rate(model: Any, device: str, compiled: Callable[..., Any] | None) -> tuple[float, int]:
+    """(tokens a second, how many different ones)."""
+    ids, at, made = (torch.zeros(*size, dtype=torch.long, device=device) for size in ((1, 1), (1,), (CACHE,)))
+    for layer in model.model.layers:
+        layer.self_attn.layer_idx = 0  # each has a cache of its own, so that one compiled layer serves for all
+        layer.forward = with_cache(layer, FixedCache(at), compiled or type(layer).forward)
+    places = torch.arange(CACHE, device=device)
+
+    def step() -> None:
+        mask = (places <= at)[None, None, None]
+        out = model(input_ids=ids, position_ids=at[None], attention_mask=mask, past_key_values=FixedCache(at))
+        ids.copy_(out.logits[:, -1:].argmax(-1))
+        made.index_copy_(0, at, ids[0])
+        at.add_(1)
+
+    with torch.inference_mode():
+        for _ in range(3):
+            step()
+        replay: Callable[[], Any] = step
+        if device != "cpu":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            replay = graph.replay
+        times = []
+        for _ in range(5):
+            at.zero_(), ids.zero_()
+            began = time.perf_counter()
+            for _ in range(TOKENS):
+                replay()
+            at.item()  # waits
+            times.append(time.perf_counter() - began)
+    return TOKENS / statistics.median(times), len(made[:TOKENS].unique())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ways", nargs="+", choices=["packed", "gemv", "grouped_mm", "batched_mm"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to try this file")
+    args = parser.parse_args()
+    device, dtype = ("cpu", torch.float32) if args.small else ("cuda", torch.bfloat16)
+    shape, sizes = (Shape(64, 32, 8, 2), SMALL) if args.small else (SHAPES["DeepSeek-VL2-Base"], BASE)
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2DecoderLayer
+
+    for way in args.ways:
+        compiled = torch.compile(DeepseekV2DecoderLayer.forward, dynamic=False) if args.compile else None
+        model = model_of(way, shape, sizes, device, dtype, args.compile)
+        found, different = rate(model, device, compiled)
+        weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        print(f"{way}: {found:.1f} tokens/s, weights {weights / 1e9:.3f} GB, {different} different tokens", flush=True)
+        del model
+        if device != "cpu":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

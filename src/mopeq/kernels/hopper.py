@@ -1,0 +1,87 @@
+"""Prompts on Hopper (H100, H200): gate, up and down of many tokens by the Gluon kernels of `hopper_kernels`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mopeq.kernels.arena import Layout
+    from mopeq.kernels.triton import Layer
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a program makes of one product: rows of the matrix, pairs at most; its warps, and pipeline stages."""
+
+    rows: int
+    pairs: int
+    warps: int
+    stages: int
+
+
+UPPER, LOWER = Cut(128, 256, 8, 4), Cut(128, 128, 4, 4)  # as measured on an H200
+TILE = 256  # pairs of an entry of the tile table
+TRITON = (3, 6), (3, 9)  # first and last version known to compile them; 3.6 is the one they were measured on
+MOST = 2**31  # numbers in a tensor; the kernels reckon in 32 bits
+
+
+@cache
+def available(device: torch.device) -> bool:
+    """Whether this GPU and this version of Triton can run them."""
+    if device.type != "cuda" or torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        import triton
+
+        from mopeq.kernels import hopper_kernels  # noqa: F401
+    except (ImportError, AttributeError):  # Gluon is young and still moves
+        return False
+    return TRITON[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRITON[1]
+
+
+def suits(experts: Any, layer: Layer, x: Tensor, pairs: int) -> bool:
+    """Whether these experts and this many pairs are theirs."""
+    sizes = {size for shape in experts.shapes.values() for size in shape}
+    return (
+        layer.gate.act > 0
+        and all(size % 8 == 0 for size in sizes)
+        and max(pairs, len(x)) * max(sizes) < MOST
+        and x.data_ptr() % 16 == 0
+        and available(x.device)
+    )
+
+
+def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs: int, gating: dict[str, Any],
+             biases: tuple[Tensor | None, Tensor | None]) -> Tensor:  # fmt: skip
+    """down(act(gate x) * (up x)) for each pair, without down's bias: [1, P, H]."""
+    from mopeq.kernels.hopper_kernels import many
+
+    made = layer.arena
+    top, down = made.layouts["up"], made.layouts["down"]
+    source = (made.table, made.data.view(torch.int32), layer.words, made.data, layer.halves)
+    h = x.new_empty(pairs, top.out_features)
+    y = x.new_empty(1, pairs, down.out_features)
+    shared: dict[str, Any] = {"E": experts.num_experts, **gating}
+    of_top = dict(P=0, CHOICES=pairs // len(x), UNIFORM=layer.uniform["up"], WIDTHS=layer.widths["up"])
+    of_down = dict(P=len(made.layouts) - 1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
+    launch(UPPER, many, x, h, source, biases, routed, top, **shared, **of_top)
+    launch(LOWER, many, h, y, source, (None, None), routed, down, **shared | dict(BIAS=False), **of_down)
+    return y
+
+
+def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, routed: list[Tensor], lay: Layout,
+           **rest: Any) -> None:  # fmt: skip
+    """y[pair] from x by the matrices that lie as `lay` says."""
+    grid = (-(-lay.out_features // cut.rows), len(routed[1]) * (TILE // cut.pairs))
+    many[grid](
+        x, y, *source, *biases, *routed, N=lay.out_features, K=lay.in_features, W=lay.words, GROUP=lay.group,
+        TILE=TILE, BN=cut.rows, BM=cut.pairs, STAGES=cut.stages, num_warps=cut.warps, **rest,
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""Hopper's prompt kernels compile, without a GPU: their numbers are checked on one by bench/kernels_gpu.py --check.
+
+What they are launched with is checked in test_kernels_triton.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[2] / "src"
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from mopeq.kernels.hopper_kernels import many
+
+p, out, inputs, words, widths, warps, pairs = (int(part) for part in sys.argv[1:])
+given = dict(P=p, CHOICES=2, E=8, N=out, K=inputs, W=words, GROUP=32, UNIFORM=False, GATED=True, ACT=1, ALPHA=1.0,
+             LIMIT=0.0, BIAS=False, WIDTHS=widths, TILE=256, BN=128, BM=pairs, STAGES=4, bias_gate=None, bias_up=None)
+kinds = dict(x="*bf16", h="*bf16", table="*i64", words="*i32", pairs="*i16", bytes="*u8", halves="*fp16",
+             sorted_pairs="*i32", tile_expert="*i32", tile_start="*i32", tile_end="*i32")
+names = many.arg_names
+signature = {name: "constexpr" if name in given else kinds[name] for name in names}
+constants = {(names.index(name),): value for name, value in given.items()}
+aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in kinds}
+source = GluonASTSource(many, signature, constants, aligned)
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+text = made.asm["ptx"]
+assert "wgmma.mma_async" in text and "wgmma.wait_group.sync.aligned 1" in text and made.metadata.shared <= 232448
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("p", "out", "inputs", "words", "widths", "warps", "pairs"),
+    [(0, 256, 512, 32, 1 << 3, 8, 256), (2, 256, 128, 32, 1 << 2, 4, 128), (2, 496, 232, 16, 1 << 8, 4, 128)],
+)
+def test_the_prompt_kernels_compile(
+    p: int, out: int, inputs: int, words: int, widths: int, warps: int, pairs: int
+) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(SRC)}
+    sizes = [str(size) for size in (p, out, inputs, words, widths, warps, pairs)]
+    done = subprocess.run([sys.executable, "-c", COMPILE, *sizes], env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]

