@@ -226,7 +226,7 @@ def quantized(name: str, *more: str, walked: bool = False) -> Line:
 
 
 def packed() -> Path:
-    out = room() / "packed"
+    out = room() / "read"
     if not out.exists():
         assert mopeq("quantize", source("olmoe", **MODEL), "-o", out, *SIZES).code == 0
     return out
