@@ -7,7 +7,8 @@
 #   make ci-full   check and all tests, the slow ones too    make bench  timings, never part of a test
 #   make vllm      the tests that need vLLM, in an environment of its own (VLLM_ENV=path; CPU)
 #   make large     a model larger than memory through the whole line (ARGS='--layers 27 --calibrated gptq')
-#   make docs      the README's tables again from the code   make clean  caches and build products away
+#   make docs      the README's tables again from the code   make site   the pages of docs/, into build/site
+#   make clean     caches and build products away
 #
 # PYTHON=python3.12 chooses another interpreter, VENV=path another place, ARGS='-k kmeans' goes to pytest.
 
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: check test demo ci-full fault e2e bench large vllm docs clean
+.PHONY: check test demo ci-full fault e2e bench large vllm docs site clean
 
 test: check
 	$(BIN)/python -m pytest -m "not slow" $(ARGS) tests
@@ -54,6 +55,10 @@ vllm: $(VLLM_READY)
 
 docs: $(READY)
 	$(BIN)/python tools/tables_to_docs.py
+
+site: $(READY)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build
 
 # Made last, so that an interrupted set-up is done again.
 $(READY): pyproject.toml constraints.txt

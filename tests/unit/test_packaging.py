@@ -29,7 +29,7 @@ PACKAGE = ROOT / "src" / "mopeq"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
 PINNED_BY_TORCH = ("nvidia-", "cuda-", "triton")  # what a CUDA build of torch brings, in versions of its choice
-WORDS = ("check", "test", "demo", "ci-full", "fault", "e2e", "bench", "large", "vllm", "docs", "clean")
+WORDS = ("check", "test", "demo", "ci-full", "fault", "e2e", "bench", "large", "vllm", "docs", "site", "clean")
 
 
 # ---------------------------------------------------------------------------------------------------- pins
