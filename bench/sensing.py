@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def main() -> None:
             model.zero_grad()
         steps.append((time.monotonic() - started) / tokens)
         apart[0], started = 0.0, time.monotonic()
-        quadratic.fisher(replace(scene))
+        quadratic.fisher(scene)
         passes.append((time.monotonic() - started - apart[0]) / tokens)
         if turn == 0:
             print(f"candidates ({args.quantizer}, {len(Options().formats)} formats): {apart[0]:.1f} s")

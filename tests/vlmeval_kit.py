@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,17 @@ def flat(said: Any) -> dict[str, float]:
             elif name != "split" and value is not None and not math.isnan(value):
                 found[prefix + name] = value
     return found
+
+
+def run_kit(script: str, data: Path, *arguments: str, timeout: int) -> Any:
+    """What a script in which the kit runs prints behind FOUND, with the kit's tables in `data`."""
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(
+        command, env=os.environ | {"LMUData": str(data)}, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return json.loads(line.removeprefix("FOUND "))
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -103,18 +103,21 @@ def awake(address: str | None) -> Any:
     return ray
 
 
+def machines(order: Order) -> list[int]:
+    """CPUs of each machine that is alive."""
+    ray = awake(order.options.ray)
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
 def width(order: Order) -> int:
     """CPUs a task asks for: its threads, or all that the smallest machine has."""
-    ray = awake(order.options.ray)
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return max(1, min([order.threads, *(n for n in cpus if n)]))
+    return max(1, min([order.threads, *(n for n in machines(order) if n)]))
 
 
 def slots(order: Order) -> int:
     """How many tasks run at a time."""
-    ray = awake(order.options.ray)
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return max(1, sum(n // width(order) for n in cpus))
+    one = width(order)
+    return max(1, sum(n // one for n in machines(order)))
 
 
 def parts(items: Sequence[int], count: int) -> list[tuple[int, ...]]:

@@ -68,6 +68,7 @@ from mopeq.tables import pick
 if TYPE_CHECKING:
     from mopeq.data.calibration import Calibration
     from mopeq.sense.scene import Scene
+    from mopeq.tensors import QWeight
     from mopeq.tune import Tuned
 
 SOURCE = ".mopeq/source.json"  # in OUT: the folder it is made from, and what lay there
@@ -420,7 +421,7 @@ def check_weights(job: Job) -> None:
     The routed experts are read again layer by layer, and are looked at then, unless a model of all of it runs first.
     """
     from mopeq.assemble import kept_tensor
-    from mopeq.stream import read_tensor, refuse_sick, refuse_wide
+    from mopeq.stream import WIDEST, read_tensor, refuse_sick
 
     spec = job.spec
     routed = {n for n in spec.tensors if spec.roles[n] == "routed expert"}
@@ -428,7 +429,7 @@ def check_weights(job: Job) -> None:
     with progress("check", sum(spec.tensors[n].nbytes for n in names), "bytes") as p:
         for name in names:
             if name in routed:
-                refuse_wide(name, refuse_sick(name, read_tensor(job.folder, spec.tensors[name])))
+                refuse_sick(name, read_tensor(job.folder, spec.tensors[name]), WIDEST)
             else:
                 kept_tensor(job.folder, spec, name, job.options.other)
             p.step(spec.tensors[name].nbytes)
@@ -746,13 +747,19 @@ def quantize_projection(
         w = w_ENC[members].float()
         w = w if m is None else w.to(m.device)
         try:
-            made = {k: v.cpu() for k, v in method(w, fmt, moments=m, gradients=g, seed=job.options.seed).pack().items()}
+            made = method(w, fmt, moments=m, gradients=g, seed=job.options.seed)
         except BadInput as problem:  # a range too wide: the largest weight is in the matrix to name
             widest = members[int(w.abs().flatten(1).amax(1).argmax())]
             name = f"{job.spec.layer(layer).prefix}.{widest}.{projection}_proj"
             raise BadInput(f"{name}: {problem.line}", problem.hint) from None
-        packed |= {LinearId(layer, e, projection): {k: v[i] for k, v in made.items()} for i, e in enumerate(members)}
+        packed |= by_expert(layer, projection, members, made)
     return dict(sorted(packed.items()))
+
+
+def by_expert(layer: int, projection: str, members: list[int], q: QWeight) -> dict[LinearId, dict[str, Any]]:
+    """The stored tensors of each expert of a batch."""
+    parts = {k: v.cpu() for k, v in q.pack().items()}
+    return {LinearId(layer, e, projection): {k: v[i] for k, v in parts.items()} for i, e in enumerate(members)}
 
 
 def tune_layers(
@@ -795,11 +802,7 @@ def tune_files(
         packed: dict[LinearId, dict[str, Any]] = {}
         for projection in layer.projections:
             for members, q in found.pieces[layer.layer, projection]:
-                parts = {k: v.cpu() for k, v in q.pack().items()}
-                packed |= {
-                    LinearId(layer.layer, e, projection): {k: v[i] for k, v in parts.items()}
-                    for i, e in enumerate(members)
-                }
+                packed |= by_expert(layer.layer, projection, members, q)
         write_layer(tuned[layer.layer], job.spec, job.folder, layer, dict(sorted(packed.items())))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -66,23 +67,18 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return value
 
 
-def refuse_sick(name: str, tensor: Tensor) -> Tensor:
-    """The tensor itself; BadInput if it holds NaN or infinity."""
+def refuse_sick(name: str, tensor: Tensor, widest: float = math.inf) -> Tensor:
+    """The tensor itself; BadInput if it holds NaN, infinity, or a weight further from 0 than `widest`."""
     if tensor.is_floating_point() and tensor.numel():
         low, high = tensor.aminmax()  # one pass, nothing to hold; NaN prevails in both
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             kind = "NaN" if bool(torch.isnan(low)) else "infinite"
             raise BadInput(f"{name} holds {kind} weights", "the source is damaged; no quantizer can mend it")
-    return tensor
-
-
-def refuse_wide(name: str, tensor: Tensor) -> Tensor:
-    """The tensor itself; BadInput if it holds a weight that no format can express."""
-    if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > WIDEST:
-        raise BadInput(
-            f"{name} holds a weight of {float(tensor.abs().max()):.3g}, which needs a scale beyond fp16",
-            "the checkpoint holds outliers no fp16 scale can express; it is probably damaged",
-        )
+        if (most := max(-float(low), float(high))) > widest:
+            raise BadInput(
+                f"{name} holds a weight of {most:.3g}, which needs a scale beyond fp16",
+                "the checkpoint holds outliers no fp16 scale can express; it is probably damaged",
+            )
     return tensor
 
 

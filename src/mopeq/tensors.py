@@ -84,6 +84,12 @@ class QWeight:
             return ((self.codes.to(exact) - 2 ** (self.format.bits - 1)) * scale).to(dtype)
         return ((self.codes.to(exact) - per_input(self.zeros.to(exact), size, n)) * scale).to(dtype)
 
+    def levels(self) -> Tensor:
+        """code - zero, int16: the weight in steps of its scale."""
+        if self.zeros is None:
+            return self.codes.short() - 2 ** (self.format.bits - 1)
+        return self.codes.short() - per_input(self.zeros.short(), self.format.group_size, self.codes.shape[-1])
+
     def pack(self) -> dict[str, Tensor]:
         """The tensors that are stored: qweight, scales and, unless symmetric, zeros packed along `out`."""
         stored = {"qweight": pack_bits(self.codes, self.format.bits), "scales": self.scales.contiguous()}

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs
 from mopeq.nouns import MoESpec
-from mopeq.quant.rtn import LARGEST, SMALLEST, stored_scale
+from mopeq.quant.rtn import LARGEST, SMALLEST, grouped, stored_scale
 from mopeq.seam import model_layers, stored, views, weights
-from mopeq.sense.labels import predicting
+from mopeq.sense.labels import predicting_logits
 from mopeq.sense.scene import Batch
-from mopeq.tensors import Members, Pieces, Place, QWeight
+from mopeq.tensors import Members, Pieces, Place, QWeight, per_input
 
 LEARNING_RATE = 3e-3  # of a scale's own size, at the first step; falls to 0 as a cosine
 BETAS = (0.9, 0.99)
@@ -40,17 +39,12 @@ class Piece:
     moved_MOG: Tensor
 
     def now(self) -> Tensor:
-        return self.values * self.spread(1 + self.moved_MOG)
-
-    def spread(self, moved_MOG: Tensor) -> Tensor:
-        return moved_MOG.repeat_interleave(self.q.format.group_size, -1)[..., : self.values.shape[-1]]
+        return self.values * per_input(1 + self.moved_MOG, self.q.format.group_size, self.values.shape[-1])
 
     def take(self, gradient_EOC: Tensor) -> None:
         """The gradient of `moved` from that of the weights."""
-        size, n = self.q.format.group_size, self.values.shape[-1]
         product = gradient_EOC[self.members].float() * self.values
-        padded = torch.nn.functional.pad(product, (0, -n % size))
-        self.moved_MOG.grad = padded.unflatten(-1, (-1, size)).sum(-1)
+        self.moved_MOG.grad = grouped(product, self.q.format.group_size).sum(-1)
 
     def result(self) -> QWeight:
         scales = self.q.scales.float() * (1 + self.moved_MOG.detach())
@@ -190,6 +184,4 @@ def gradients(modules: Mapping[int, Any]) -> Iterator[tuple[Place, Tensor]]:
 
 def log_probabilities(model: Any, batch: Batch) -> Tensor:
     """[S, V] at the predicting positions, float32."""
-    device = next(model.parameters()).device
-    logits = model(**model_inputs(batch, device), use_cache=False).logits[predicting(batch).to(device)]
-    return logits.float().log_softmax(-1)
+    return predicting_logits(model, batch, next(model.parameters()).device).log_softmax(-1)

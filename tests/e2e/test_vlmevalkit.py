@@ -8,10 +8,6 @@ import base64
 import csv
 import importlib.util
 import io
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +17,7 @@ import made
 import pytest
 from PIL import Image
 from shared_files import shared
-from vlmeval_kit import flat, write_table
+from vlmeval_kit import flat, run_kit, write_table
 
 from mopeq.data.readers import read
 from mopeq.data.wordings import worded
@@ -188,16 +184,7 @@ def test_the_kit_itself_runs_it_and_finds_the_same_scores(packed: Path, tmp_path
     for name in TASKS:
         lossless(folder / f"{name}.tsv", data / f"{name}.tsv")
 
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, str(packed), str(work), *TASKS],
-        env=os.environ | {"LMUData": str(data)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    kit = json.loads(line.removeprefix("FOUND "))
+    kit = run_kit(ASK, data, str(packed), str(work), *TASKS, timeout=900)
     result = evaluate(packed, data=[data / f"{name}.tsv" for name in TASKS], window=128)
     assert result["wording"] == "qwen3_vl_moe"
     for name in TASKS:

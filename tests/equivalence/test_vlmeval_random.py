@@ -10,17 +10,14 @@ import importlib.util
 import io
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from vlmeval_kit import flat, write_table
+from vlmeval_kit import flat, run_kit, write_table
 
 from mopeq.data.readers import read
 from mopeq.evaluate.metrics import PERCEPTION, REASONING
@@ -185,16 +182,7 @@ def test_every_figure_is_the_kits(seed: int, tmp_path: Path) -> None:
             rows = [{k: v for k, v in one.items() if k != "question"} for one in rows]
         write_table(tmp_path / f"{name}.tsv", rows)
         (tmp_path / f"{name}.json").write_text(json.dumps({str(n): answer(dice) for n in range(ROWS)}))
-    done = subprocess.run(
-        [sys.executable, "-c", SCORE, str(tmp_path), *TABLES],
-        env=os.environ | {"LMUData": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    for name, table in json.loads(line.removeprefix("FOUND ")).items():
+    for name, table in run_kit(SCORE, tmp_path, str(tmp_path), *TABLES, timeout=580).items():
         items, answers = read(tmp_path / f"{name}.tsv"), json.loads((tmp_path / f"{name}.json").read_text())
         ours = score([answers[item.meta["index"]] for item in items], items, KIT).table
         differ = {k: (v, ours.get(k)) for k, v in flat(table).items() if not near(v, ours.get(k))}

@@ -8,7 +8,6 @@ blocks. Q4_1 and Q5_1, whose offset is a second fp16, would have to round `scale
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from mopeq.nouns import Format
 from mopeq.tensors import QWeight, per_input
@@ -30,10 +29,7 @@ def block_type(fmt: Format, columns: int) -> str | None:
 def fill(q: QWeight, kind: str) -> np.ndarray:
     """A matrix [out, in] as blocks: uint8 [out, in / 32 * bytes of a block]."""
     rows, columns = q.shape
-    zero: torch.Tensor | int = 2 ** (q.format.bits - 1)
-    if q.zeros is not None:
-        zero = per_input(q.zeros.short(), q.format.group_size, columns)
-    values = (q.codes.short() - zero).numpy().reshape(rows, -1, BLOCK)
+    values = q.levels().numpy().reshape(rows, -1, BLOCK)
     scale = per_input(q.scales, q.format.group_size, columns).numpy()[:, ::BLOCK, None]
     parts: list[np.ndarray] = [np.ascontiguousarray(scale).view(np.uint8)]
     if kind == "Q8_0":

@@ -20,7 +20,7 @@ from mopeq.export.dense import as_stored
 from mopeq.export.opened import Packed
 from mopeq.families.standard import each_name, find_family
 from mopeq.nouns import Format
-from mopeq.tensors import QWeight, pack_bits, per_input
+from mopeq.tensors import QWeight, pack_bits
 
 WORD = 32
 CARD = (
@@ -106,11 +106,7 @@ def shapes(wide: Format, rows: int, columns: int) -> dict[str, tuple[str, tuple[
 
 
 def encode(q: QWeight, wide: Format) -> dict[str, Tensor]:
-    middle = 2 ** (wide.bits - 1)
-    zero: Tensor | int = 2 ** (q.format.bits - 1)
-    if q.zeros is not None:
-        zero = per_input(q.zeros.short(), q.format.group_size, q.shape[-1])
-    codes = pack_bits((q.codes.short() - zero + middle).byte(), wide.bits)
+    codes = pack_bits((q.levels() + 2 ** (wide.bits - 1)).byte(), wide.bits)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4))
     return {
         "weight_packed": codes.view(torch.int32),

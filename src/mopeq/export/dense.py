@@ -45,17 +45,12 @@ class Source:
         self.packed = packed
         self.group_of: dict[str, int] = {}
         self.groups = together(packed.layers)
-        self.stored = {info.name: info for info in packed.others()}
-        self.dense = {dense_name(name): name for name, info in self.stored.items() if packed.is_packed(info)}
+        self.others = packed.dense_outputs()
+        self.stored = {output.name: name for name, output in self.others.items()}
         self.held: tuple[int, Mapping[str, Tensor]] = (-1, {})
 
     def outputs(self) -> list[OutputTensor]:
-        made = []
-        for info in self.stored.values():
-            if self.packed.is_packed(info):
-                made.append(OutputTensor(dense_name(info.name), "BF16", self.packed.other_shape(info)))
-            else:
-                made.append(OutputTensor(info.name, info.dtype, info.shape))
+        made = list(self.others.values())
         for i, group in enumerate(self.groups):
             for name, tensor in as_stored(self.packed, group).items():
                 made.append(OutputTensor(name, DTYPE_NAME[tensor.dtype], tuple(tensor.shape)))
@@ -69,13 +64,7 @@ class Source:
                 self.held = (-1, {})  # first: two layers are not held at once
                 self.held = (i, dense_experts(self.packed, self.groups[i]))
             return tensor_data(self.held[1][out.name])
-        if out.name in self.dense:
-            return tensor_data(self.packed.other_matrix(self.stored[self.dense[out.name]]).dequantize(torch.bfloat16))
-        return tensor_data(self.packed.reader.read(out.name))
-
-
-def dense_name(name: str) -> str:
-    return name.removesuffix(".qweight") + ".weight"
+        return self.packed.dense_data(self.stored[out.name])
 
 
 def together(layers: list[Experts]) -> list[list[Experts]]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mopeq.errors import BadInput
@@ -45,15 +44,9 @@ def write(
     card: str,
 ) -> dict[str, Any]:
     """Write the folder: `shapes` says what one matrix becomes, `encode` makes it."""
-    outputs: list[OutputTensor] = []
-    dense = {}
-    for info in packed.others():
-        if packed.is_packed(info):
-            name = info.name.removesuffix(".qweight") + ".weight"
-            dense[name] = info
-            outputs.append(OutputTensor(name, "BF16", packed.other_shape(info)))
-        else:
-            outputs.append(OutputTensor(info.name, info.dtype, info.shape))
+    others = packed.dense_outputs()
+    stored = {output.name: name for name, output in others.items()}
+    outputs = list(others.values())
     for stem, (experts, e, p) in source.items():
         parts = shapes(packed.map[LinearId(experts.layer, e, p)], *experts.shapes[p])
         outputs += [OutputTensor(f"{stem}.{suffix}", *what) for suffix, what in parts.items()]
@@ -66,12 +59,10 @@ def write(
                 held.clear()
                 held[stem] = encode(packed.matrix(*source[stem]))
             return tensor_data(held[stem][suffix])
-        if out.name in dense:
-            return tensor_data(packed.other_matrix(dense[out.name]).dequantize(torch.bfloat16))
-        return tensor_data(packed.reader.read(out.name))
+        return packed.dense_data(stored[out.name])
 
     config = packed.config | {"quantization_config": quantization}
     notes = packed.left_out
-    if dense:
-        notes.append(f"{len(dense)} matrices outside the experts are written in bf16")
+    if rounded := sum(name != written for written, name in stored.items()):
+        notes.append(f"{rounded} matrices outside the experts are written in bf16")
     return {"bytes_weights": write_model(packed.folder, directory, config, outputs, give, card), "notes": notes}

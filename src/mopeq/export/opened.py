@@ -15,10 +15,10 @@ from torch import Tensor
 from mopeq.assemble import PackedReader
 from mopeq.checkpoint import read_json
 from mopeq.models import load_config
-from mopeq.nouns import PADDING, Format, LinearId, PrecisionMap, TensorInfo, guard_name
+from mopeq.nouns import PADDING, Format, LinearId, OutputTensor, PrecisionMap, TensorInfo, guard_name
 from mopeq.packed import check_experts, check_sizes, read_map
 from mopeq.seam import experts_modules, match_names, twins, weights
-from mopeq.tensors import QWeight
+from mopeq.tensors import QWeight, tensor_data
 from mopeq.walk.parts import empty_model
 
 
@@ -102,6 +102,21 @@ class Packed:
                 continue
             if not (last in aside and f"{stem}.qweight" in self.tensors):
                 yield info
+
+    def dense_outputs(self) -> dict[str, OutputTensor]:
+        """What `others` become where nothing is to stay packed: {name as stored: the tensor that is written}."""
+        return {
+            info.name: OutputTensor(info.name.removesuffix(".qweight") + ".weight", "BF16", self.other_shape(info))
+            if self.is_packed(info)
+            else OutputTensor(info.name, info.dtype, info.shape)
+            for info in self.others()
+        }
+
+    def dense_data(self, stored: str) -> memoryview:
+        """The bytes of one of `dense_outputs`, by its name as stored."""
+        info = self.tensors[stored]
+        packed = self.is_packed(info)
+        return tensor_data(self.other_matrix(info).dequantize(torch.bfloat16) if packed else self.reader.read(stored))
 
     def is_packed(self, info: TensorInfo) -> bool:
         return self.other is not None and info.name.endswith(".qweight")

@@ -128,8 +128,4 @@ def parts_of(message: str | dict[str, Any] | Sequence[Any]) -> tuple[list[dict],
 
 def is_picture_file(text: str) -> bool:
     """Whether a bare string of a message names a picture."""
-    return (
-        len(text) < 4096
-        and text.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))
-        and Path(text).is_file()
-    )
+    return len(text) < 4096 and text.lower().endswith(PICTURE_NAMES) and Path(text).is_file()

@@ -6,6 +6,8 @@ of KL(original || changed) at the original.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,18 @@ def sampled_loss(walking: Walk, batch: Batch, generator: torch.Generator) -> Ten
 
     None, and nothing is drawn, where no gradient is asked for: in a rehearsal.
     """
-    predicts_BT = predicting(batch).to(walking.device)
-    logits_SV = walking.model(**model_inputs(batch, walking.device), use_cache=False).logits[predicts_BT].float()
+    logits_SV = predicting_logits(walking.model, batch, walking.device)
     if not torch.is_grad_enabled():
         return None
     labels_S = torch.cat([draw(rows, generator) for rows in logits_SV.detach().split(DRAWN)])
     return torch.nn.functional.cross_entropy(logits_SV, labels_S.to(walking.device), reduction="sum")
+
+
+def predicting_logits(model: Any, batch: Batch, device: Any) -> Tensor:
+    """[S, V] at the positions that predict, float32."""
+    predicts_BT = predicting(batch).to(device)
+    logits_SV: Tensor = model(**model_inputs(batch, device), use_cache=False).logits[predicts_BT].float()
+    return logits_SV
 
 
 def draw(logits_SV: Tensor, generator: torch.Generator) -> Tensor:
