@@ -10,11 +10,13 @@
 #   make docs      the README's tables again from the code   make site   the pages of docs/, into build/site
 #   make clean     caches and build products away
 #
-# PYTHON=python3.12 chooses another interpreter, VENV=path another place, ARGS='-k kmeans' goes to pytest.
+# PYTHON=python3.12 chooses another interpreter, VENV=path another place, ARGS='-k kmeans' goes to pytest, WORKERS=8 is
+# how many processes `test` and `ci-full` run their tests in (2; each wants a core and up to 3 GB).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.mopeq-ready
 VLLM_ENV ?= ../.venv-vllm
@@ -26,10 +28,10 @@ export HF_HUB_OFFLINE = 1
 .PHONY: check test demo ci-full fault e2e bench large vllm docs site clean
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" $(ARGS) tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS) tests
 
 ci-full: check
-	$(BIN)/python -m pytest $(ARGS) tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) tests
 
 check: $(READY)
 	$(BIN)/ruff check .

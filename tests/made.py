@@ -5,15 +5,12 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-import os
 import shutil
 import struct
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a thread pool costs more than it gives
 
 import tiny
 import torch
