@@ -78,11 +78,16 @@ class QWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(code - zero) * scale, computed in float32 (float64 if asked for), returned as `dtype`."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        n, size = self.codes.shape[-1], self.format.group_size
-        scale = per_input(self.scales.to(exact), size, n)
-        if self.zeros is None:
-            return ((self.codes.to(exact) - 2 ** (self.format.bits - 1)) * scale).to(dtype)
-        return ((self.codes.to(exact) - per_input(self.zeros.to(exact), size, n)) * scale).to(dtype)
+        value, n, size = self.codes.to(exact), self.codes.shape[-1], self.format.group_size
+        scale = self.scales.to(exact)[..., None]
+        zero = None if self.zeros is None else self.zeros.to(exact)[..., None]
+        whole = n // size  # groups; what is left over is a shorter one
+        for groups, inputs in ((slice(0, whole), slice(0, whole * size)), (slice(whole, None), slice(whole * size, n))):
+            if inputs.start < inputs.stop:  # in place, group by group: the spread scales would cost ten times as much
+                part = value[..., inputs].unflatten(-1, (-1, min(size, inputs.stop - inputs.start)))
+                part.sub_(2 ** (self.format.bits - 1) if zero is None else zero[..., groups, :])
+                part.mul_(scale[..., groups, :])
+        return value.to(dtype)
 
     def levels(self) -> Tensor:
         """code - zero, int16: the weight in steps of its scale."""
