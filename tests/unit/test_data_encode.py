@@ -138,7 +138,7 @@ def test_a_template_that_refuses_is_told_with_its_line(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=6), st.integers(2, 40))
 def test_windows_are_the_joined_documents(words, texts: list[str], window: int) -> None:
-    pieces = cut(texts, words, window)
+    pieces = list(cut(texts, words, window))
     joined: list[int] = []
     for text in texts:  # the slow, obvious way
         ids = words(text, add_special_tokens=False)["input_ids"]

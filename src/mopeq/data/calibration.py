@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def calibrate_with(folder: Path, config: Any, paths: Sequence[str | Path], token
 def text_batches(items: list[Item], processor: Any, config: Any, tokens: int) -> Iterator[Batch]:
     """Windows of joined text, a few rows at a time, up to `tokens` tokens."""
     window = min(WINDOW, max_positions(config) or WINDOW, max(tokens, 2))
-    rows = windows((item.text for item in items if item.text), tokenizer_of(processor), window) if tokens else []
-    rows = rows[: -(-tokens // window)]
+    all_rows = windows((item.text for item in items if item.text), tokenizer_of(processor), window)
+    rows = list(islice(all_rows, -(-tokens // window)))
     for length in sorted({len(row) for row in rows}, reverse=True):
         alike = [row for row in rows if len(row) == length]
         for at in range(0, len(alike), ROWS):

@@ -160,18 +160,24 @@ def end_of_text(tokenizer: Any) -> tuple[int, str]:
     raise BadInput("the tokenizer has no end-of-text, separator or padding token", "set eos_token in its config")
 
 
-def windows(texts: Iterable[str], tokenizer: Any, window: int) -> list[Tensor]:
-    """Documents joined by the end-of-text id and cut into windows: LongTensors [window], the last one shorter.
+def windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[Tensor]:
+    """Documents joined by the end-of-text id and cut into windows: LongTensors [window], the last one shorter; read
+    and tokenized as they are asked for.
 
     No special tokens are added. A remainder of one token is dropped, as it predicts nothing.
     """
     assert window >= 2
     ids: list[int] = []
+    started = False
     for text in texts:
-        more = _ids(text, tokenizer)
-        ids += [end_of_text(tokenizer)[0], *more] if ids and more else more
-    pieces = [torch.tensor(ids[start : start + window]) for start in range(0, len(ids), window)]
-    return [piece for piece in pieces if len(piece) >= 2]
+        if more := _ids(text, tokenizer):
+            ids += [end_of_text(tokenizer)[0], *more] if started else more
+            started = True
+        whole = len(ids) - len(ids) % window
+        yield from torch.tensor(ids[:whole], dtype=torch.int64).split(window) if whole else ()
+        del ids[:whole]
+    if len(ids) >= 2:
+        yield torch.tensor(ids)
 
 
 def batches(items: Sequence[Item], processor: Any, config: Any, window: int) -> Iterator[Batch]:
