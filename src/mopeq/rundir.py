@@ -27,6 +27,7 @@ from mopeq.errors import BadInput
 from mopeq.nouns import Format, LinearId, PrecisionMap, Sensitivity, digest_of
 from mopeq.packed import appearing, json_bytes, write_atomic
 
+CANDIDATES = "candidates-"  # before a layer's number: what sensing's quantizer made of it; waits for the map
 REMAKE = "delete it; it is made again"
 
 
@@ -61,9 +62,15 @@ class Kept:
         """Whether items of that many bytes leave most of the disk free; they are a convenience."""
         return self.folder is not None and free_bytes(self.folder) > 4 * nbytes
 
-    def drop(self) -> None:
-        if self.folder is not None:
+    def drop(self, but: str = "") -> None:
+        """Remove all items, or all but those whose names begin with `but`."""
+        if self.folder is None:
+            return
+        if not but:
             shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.folder.glob("*"):
+            if not path.name.startswith(but):
+                path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

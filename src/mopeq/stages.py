@@ -61,7 +61,7 @@ from mopeq.plan import (
 )
 from mopeq.progress import progress, say
 from mopeq.quant import QUANTIZERS, sensed_as
-from mopeq.rundir import RunDir, free_bytes, stage_digest
+from mopeq.rundir import CANDIDATES, Kept, RunDir, free_bytes, stage_digest
 from mopeq.sense import SENSORS
 from mopeq.tables import pick
 
@@ -446,20 +446,11 @@ def checks_experts(job: Job) -> bool:
 def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity:
     """The sensitivity, from the run directory or made now."""
     o = job.options
-    needs_data = SENSORS[o.sensitivity].needs_data
-    digest = stage_digest(
-        "sense",
-        source=job.spec.digest,
-        method=o.sensitivity,
-        formats=[f.name for f in o.formats],
-        scope=o.scope if o.sensitivity == "hybrid" else None,
-        seed=o.seed if needs_data else None,
-        data=calibration.digest if calibration and needs_data else None,
-        quantizer=sensed_as(o.method) if SENSORS[o.sensitivity].by_method else None,
-    )
+    digest = sense_digest(job, calibration)
+    serves = CANDIDATES if sensing_quantizes(job) else ""
     if (saved := run.load_sensitivity(digest)) is not None:
         say(f"sense: {o.sensitivity} taken from {run.sensitivity_path(digest)}")
-        run.kept(digest).drop()  # of a run that was killed when it was saved
+        run.kept(digest).drop(but=serves)  # of a run that was killed when it was saved
         return saved
     scene = scene_of(job, run, digest, calibration)
     if o.ray:
@@ -471,9 +462,30 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
     if not (finite_I := np.isfinite(sensitivity.cost_IF).all(1)).all():
         refuse_overflow(sensitivity.linears[int(finite_I.argmin())].layer)
     run.save_sensitivity(digest, sensitivity)
-    scene.kept.drop()
+    scene.kept.drop(but=serves)
     run.event("sense", digest=digest)
     return sensitivity
+
+
+def sense_digest(job: Job, calibration: Calibration | None) -> str:
+    o, needs_data = job.options, SENSORS[job.options.sensitivity].needs_data
+    return stage_digest(
+        "sense",
+        source=job.spec.digest,
+        method=o.sensitivity,
+        formats=[f.name for f in o.formats],
+        scope=o.scope if o.sensitivity == "hybrid" else None,
+        seed=o.seed if needs_data else None,
+        data=calibration.digest if calibration and needs_data else None,
+        quantizer=sensed_as(o.method) if SENSORS[o.sensitivity].by_method else None,
+    )
+
+
+def sensing_quantizes(job: Job) -> bool:
+    """Whether sensing tries the very quantizer that is asked for, on all the data it is shown."""
+    o = job.options
+    tries = o.senses and SENSORS[o.sensitivity].by_method and SENSORS[o.sensitivity].needs_data
+    return tries and QUANTIZERS[o.method].needs_data and sensed_as(o.method) == o.method
 
 
 def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None) -> Scene:
@@ -655,13 +667,39 @@ def quantize_layers(
     files = {layer.layer: run.layer_path(digest, layer.layer) for layer in job.spec.layers}
     if done := [file for file in files.values() if file.exists()]:
         say(f"quantize: {len(done)} of {len(files)} layers taken from {run.path}")
+    if sensing_quantizes(job):
+        take_from_sensing(job, run.kept(sense_digest(job, calibration)), map_, files)
     if o.ray:
         from mopeq import cluster
 
         cluster.quantize(job, run, map_, files, data)
     quantize_files(job, map_, files, calibration)
+    if sensing_quantizes(job):
+        run.kept(sense_digest(job, calibration)).drop()
     notes = [file.with_suffix(".txt") for file in files.values()]
     return files, [note.read_text() for note in notes if note.exists()]
+
+
+def take_from_sensing(job: Job, kept: Kept, map_: PrecisionMap, files: Mapping[int, Path]) -> None:
+    """Write the layers that the quantizer made when they were sensed in memory: it need not make them again."""
+    from mopeq.assemble import write_layer
+    from mopeq.sense.quadratic import chosen_candidates
+
+    todo = [x for x in job.spec.layers if not files[x.layer].exists() and kept.has(f"{CANDIDATES}{x.layer}")]
+    with progress("quantize: as sensed", sum(layer.params for layer in todo), "weights") as p:
+        for layer in todo:
+            if (found := chosen_candidates(kept, layer, map_, job.options.formats)) is not None:
+                packed, tokens_E = found
+                note_starved(files[layer.layer], layer, [e for e, n in enumerate(tokens_E.tolist()) if n == 0])
+                write_layer(files[layer.layer], job.spec, job.folder, layer, packed)
+            p.step(layer.params)
+
+
+def note_starved(file: Path, layer: MoELayer, experts: list[int]) -> None:
+    """Beside a layer's file, to outlive a pause."""
+    if experts:
+        said = f"layer {layer.layer}: no calibration token reached experts {experts}; tuned on the layer's mean"
+        write_atomic(file.with_suffix(".txt"), said.encode())
 
 
 def quantize_files(job: Job, map_: PrecisionMap, files: Mapping[int, Path], calibration: Calibration | None) -> None:
@@ -688,17 +726,14 @@ def quantize_missing(
                 write_layer(files[layer.layer], job.spec, job.folder, layer, apart)
             return
         for layer, weights, seen in layers_with_moments(job, todo, shown, parts):
-            note = files[layer.layer].with_suffix(".txt")  # a file, to outlive a pause
             if seen is not None:
                 if not seen.finite:
                     refuse_overflow(layer.layer)
-                if seen.starved:
-                    starved = f"layer {layer.layer}: no calibration token reached experts {seen.starved}"
-                    write_atomic(note, f"{starved}; tuned on the layer's mean".encode())
+                note_starved(files[layer.layer], layer, seen.starved)
                 seen.fill_starved()
             else:  # a head for multi-token prediction, say
                 unbuilt = f"layer {layer.layer}: the model does not build it, so its experts saw no data"
-                write_atomic(note, f"{unbuilt}; rounded to nearest".encode())
+                write_atomic(files[layer.layer].with_suffix(".txt"), f"{unbuilt}; rounded to nearest".encode())
             packed: dict[LinearId, dict[str, Any]] = {}
             for projection in layer.projections:
                 w = weights.pop(projection)

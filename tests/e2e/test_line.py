@@ -15,6 +15,10 @@ import tiny
 from made import DTYPES, digests, header_of, payload, quantize, room, source, stored
 from warm import mopeq
 
+from mopeq.progress import silence
+from mopeq.rundir import Kept
+from mopeq.sense import moments
+
 KINDS = tuple(tiny.MAKERS)
 NO_BYTES = ("--seed", "--scope", "--shard-size")  # they leave a forecast as it is, and plan has them not
 
@@ -221,3 +225,29 @@ def test_progress_stays_on_stderr(tmp_path: Path) -> None:
     assert "\r" not in ended.err and "\x1b" not in ended.err  # plain lines in a log
     people = mopeq("verify", tmp_path / "out")
     assert people.code == 0 and "is whole" in people.out
+
+
+@pytest.mark.parametrize(("sensor", "method"), [("fisher", "gptq"), ("error", "signround")])
+def test_what_sensing_quantized_is_taken_over(
+    sensor: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made once, in sensing, unless the disk has no room for it; the bytes and the notes are the same."""
+    passes: list[int] = []
+    monkeypatch.setattr("mopeq.sense.moments.collect", counting(moments.collect, passes))
+    text = tiny.write_text(tmp_path / "calib.txt")
+    asked = {"avg_bits": 2.6, "sensitivity": sensor, "method": method, "calib": (text,), "calib_tokens": 16}
+    with silence():
+        taken = quantize(source("olmoe"), tmp_path / "taken", **asked)
+        assert not passes and not list((tmp_path / "taken" / ".mopeq" / "sensitivity").glob("*.parts"))
+        monkeypatch.setattr(Kept, "has_room", lambda kept, nbytes: False)
+        again = quantize(source("olmoe"), tmp_path / "again", **asked)
+    assert passes and digests(tmp_path / "taken") == digests(tmp_path / "again")
+    assert taken["notes"] == again["notes"] and "no calibration token reached" in "".join(taken["notes"])
+
+
+def counting(function: Any, calls: list[int]) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return function(*args, **options)
+
+    return counted

@@ -29,8 +29,9 @@ from mopeq.nouns import LinearId
 from mopeq.options import Options
 from mopeq.packed import read_map
 from mopeq.progress import silence
+from mopeq.rundir import Kept
 from mopeq.seam import Seen, plain_forward, watch
-from mopeq.sense import SENSORS
+from mopeq.sense import SENSORS, quadratic
 from mopeq.sense.scene import Scene
 from mopeq.stages import open_job
 from mopeq.tables import pick
@@ -182,6 +183,29 @@ def test_sensitivities_are_the_same_bit_for_bit(kind: str, sensor: str, quantize
     if found[0].stderr_IF is not None:
         assert np.array_equal(found[0].stderr_IF, found[1].stderr_IF)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("sensor", ["fisher", "error"])
+def test_costs_that_settle_early_are_the_same_walked_or_not(
+    kind: str, sensor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory no batch is run beyond; walked, those beyond are not counted: both are as if they were not there."""
+    sense, enough = pick(SENSORS, sensor, "sensor"), len(shown(kind))
+    whole, walked = (scene_of(kind, walked, "rtn", tmp_path / "scratch") for walked in (False, True))
+    more = replace(whole, batches=whole.batches + whole.batches[:1])
+    alone = sense(replace(more, batches=more.batches[:enough]))
+    monkeypatch.setattr(quadratic, "stops", lambda batches: [enough, batches])
+    monkeypatch.setattr(quadratic, "SETTLED", 1e9)
+    kept = Kept(tmp_path / "kept")
+    for scene in (replace(more, kept=kept), replace(walked, batches=more.batches)):
+        found = sense(scene)
+        assert np.array_equal(found.cost_IF, alone.cost_IF) and np.array_equal(found.halves_HIF, alone.halves_HIF)
+        assert np.array_equal(found.tokens_LE, alone.tokens_LE)
+        assert "settled after" in found.notes[-1] and "settled" not in "".join(alone.notes)
+    assert sorted(path.name for path in kept.folder.glob("batch-*")) == [f"batch-{n}.npz" for n in range(enough)]
+    monkeypatch.setattr(quadratic, "SETTLED", -1.0)
+    assert not np.array_equal(sense(more).cost_IF, alone.cost_IF), "what has not settled sees all"
 
 
 @pytest.mark.parametrize(("kind", "method"), [("olmoe", "signround"), ("gpt_oss", "signround"), ("olmoe", "twosided")])

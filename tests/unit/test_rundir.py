@@ -168,6 +168,16 @@ def test_items_are_kept_until_their_stage_is_there(tmp_path: Path) -> None:
     assert not kept.has("batch-0") and not list((tmp_path / "sensitivity").iterdir())
 
 
+def test_some_items_outlive_the_others(tmp_path: Path) -> None:
+    kept = RunDir(tmp_path).kept("abc")
+    for name in ("batch-0", "candidates-3", "candidates-12"):
+        kept.save(name, {"a": np.ones(1)})
+    kept.drop(but="candidates-")
+    assert [kept.has(name) for name in ("batch-0", "candidates-3", "candidates-12")] == [False, True, True]
+    Kept().drop(but="candidates-")
+    RunDir(tmp_path).kept("never").drop(but="candidates-")
+
+
 def test_a_damaged_item_is_named(tmp_path: Path) -> None:
     kept = RunDir(tmp_path).kept("abc")
     kept.save("layer-1", {"mean": np.ones(50)})

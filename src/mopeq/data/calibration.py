@@ -51,16 +51,22 @@ def calibrate_with(folder: Path, config: Any, paths: Sequence[str | Path], token
     order.shuffle(texts)
     order.shuffle(asked)
     for_text = tokens if not asked else (0 if not texts else tokens // 2)
-    shown = [
-        *text_batches(texts, processor, config, for_text),
-        *joined(asked_batches(asked, processor, config, tokens - for_text)),
-    ]
+    shown = interleaved(
+        list(text_batches(texts, processor, config, for_text)),
+        list(joined(asked_batches(asked, processor, config, tokens - for_text))),
+    )
     if not shown:
         raise BadInput("the calibration data holds no tokens", "give a --calib file with text or questions")
     count = sum(batch["input_ids"].numel() for batch in shown)
     if count < 0.9 * tokens:
         notes.append(f"the calibration data gave {count} tokens where {tokens} were asked for")
     return Calibration(tuple(shown), digest(shown), count, tuple(notes))
+
+
+def interleaved(*kinds: list[Batch]) -> list[Batch]:
+    """Batches of each kind in their order, spread evenly, so that a part from the front has its share of each."""
+    at = [((i + 0.5) / len(kind), k, i) for k, kind in enumerate(kinds) for i in range(len(kind))]
+    return [kinds[k][i] for _, k, i in sorted(at)]
 
 
 def text_batches(items: list[Item], processor: Any, config: Any, tokens: int) -> Iterator[Batch]:

@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopeq.alloc.halves import regret
 from mopeq.data.encode import no_padding
-from mopeq.nouns import MoELayer, Sensitivity
+from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity
 from mopeq.progress import progress
 from mopeq.quant import QUANTIZERS
+from mopeq.rundir import CANDIDATES, Kept
 from mopeq.seam import Seen, plain_forward, watch, weights
 from mopeq.sense.frequency import Counts, token_facts
 from mopeq.sense.labels import predicting, sampled_loss, skip_draws
@@ -39,6 +41,7 @@ from mopeq.tensors import QWeight
 from mopeq.walk.walking import Run, Visit, Walk
 
 CHUNK = 1 << 24  # weights quantized at a time
+SETTLED = 0.025  # of the predicted loss that maps of halves may lose
 
 
 def fisher(scene: Scene) -> Sensitivity:
@@ -86,11 +89,19 @@ class Taker:
     def __init__(self, kind: str, scene: Scene, walking: Walk):
         self.kind, self.scene, self.walking = kind, scene, walking
         self.counts = Counts(scene, walking.model, lambda: walking.now)
+        self.counted: dict[int, dict[str, Tensor]] = {}  # by batch
         self.counting = True
         self.done: set[int] = set()  # batches whose forms are there, or are others' to take
         self.layer_of: dict[int, MoELayer] = {}  # by id of the experts module
         self.candidates: dict[tuple[int, str], list[QWeight]] = {}  # per format
         self.found: dict[tuple[int, int, str], Tensor] = {}
+
+    def count_batch(self) -> dict[str, Tensor]:
+        """What was counted of the batch that moved last, also added to what is known of it."""
+        counts = self.counts.take()
+        before = self.counted.get(self.walking.now)
+        self.counted[self.walking.now] = {k: v if before is None else v + before[k] for k, v in counts.items()}
+        return counts
 
     def __call__(self, module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         if self.counting:
@@ -156,51 +167,95 @@ def add_taken(found_F: Tensor, take: Callable[[Tensor], Tensor], keep_S: Tensor,
 
 
 def sense(scene: Scene, kind: str) -> Sensitivity:
-    shape = {x.layer: (x.experts, len(x.projections), len(scene.formats)) for x in scene.spec.layers}
-    halves = 2 if len(scene.batches) > 1 else 0
-    cost = {
-        n: {"mean": np.zeros(size), "variance": np.zeros(size), "halves": np.zeros((halves, *size))}
-        for n, size in shape.items()
-    }
     with walk(scene, exact=kind != "error") as walking:
         taker = Taker(kind, scene, walking)
-        visits = visits_of(taker, scene, walking)
-        with progress(f"sense: {kind}", len(scene.spec.layers), "layers") as p:
-            for visit in visits:
-                taker.counting = walking.whole or not visit.backward
-                pairs = visit.layers if visit.backward or kind == "error" else ()
-                kept = {x.layer: found for x, _ in pairs if (found := scene.kept.load(f"layer-{x.layer}")) is not None}
-                todo = [(layer, module) for layer, module in pairs if layer.layer not in kept]
-                taker.layer_of = {id(module): layer for layer, module in todo}
-                counts = take_up(scene, taker) if walking.whole else {}
-                taker.candidates = candidates(scene, walking, visit, todo if len(counts) < len(scene.batches) else ())
-                taker.done = set(counts)  # from here on: moments were of all batches
-                with watch(walking.model, taker):
-                    for number, _ in enumerate(visit.each()):
-                        if walking.whole and number not in counts:
-                            counts[number] = keep(scene, taker, number)
-                for number in range(len(counts)):  # in their order, whoever took them
-                    taker.counts.add(counts[number])
-                for layer, _ in todo:
-                    kept[layer.layer] = estimate(scene, layer, taker.found)
-                    if not walking.whole:
-                        scene.kept.save(f"layer-{layer.layer}", kept[layer.layer])
-                for layer, _ in pairs:
-                    cost[layer.layer] = kept[layer.layer]
-                p.step(len(pairs))
-                taker.found.clear()
-                taker.candidates.clear()  # before the next layer comes
+        (take_in_memory if walking.whole else take_walking)(taker)
+    every = len(scene.batches)
+    used = next(n for n in stops(every) if settled(scene, taker.found, n))
+    for number in range(used):
+        taker.counts.add(taker.counted[number])
+    costs = [estimate(scene, layer, taker.found, used) for layer in scene.spec.layers]
+    facts = token_facts(scene, taker.counts)
+    if used < every:
+        seen, all_ = (sum(b["input_ids"].numel() for b in scene.batches[:n]) for n in (used, every))
+        more = f"{kind} settled after {seen:,} of {all_:,} calibration tokens: maps of their halves cost within"
+        facts["notes"] += (f"{more} {SETTLED:.1%} of the whole's",)
     return Sensitivity(
         kind,
         tuple(i for i, _ in scene.spec.linears),
         scene.formats,
-        by_linear([c["mean"] for c in cost.values()]),
-        stderr_IF=np.sqrt(by_linear([c["variance"] for c in cost.values()])),
-        halves_HIF=np.stack([by_linear([c["halves"][h] for c in cost.values()]) for h in (0, 1)]) if halves else None,
+        by_linear([c["mean"] for c in costs]),
+        stderr_IF=np.sqrt(by_linear([c["variance"] for c in costs])),
+        halves_HIF=halves_of(scene, costs, used),
         unit="score" if kind == "error" else "nats per token",
         data_digest=scene.data_digest,
-        **token_facts(scene, taker.counts),
+        **facts,
     )
+
+
+def take_in_memory(taker: Taker) -> None:
+    """Batch by batch through the whole model, until the costs have settled."""
+    scene, walking = taker.scene, taker.walking
+    visit = next(visits_of(taker))
+    taker.layer_of = {id(module): layer for layer, module in visit.layers}
+    take_up(taker)
+    ends = stops(len(scene.batches))
+    if any(settled(scene, taker.found, n) for n in ends if all(number in taker.counted for number in range(n))):
+        return
+    taker.candidates = candidates(scene, walking, visit, visit.layers)
+    taker.done = set(taker.counted)  # from here on: moments were of all batches
+    with progress(f"sense: {taker.kind}", len(scene.batches), "batches") as p, watch(walking.model, taker):
+        for number, _ in enumerate(visit.each()):
+            if number not in taker.counted:
+                keep(taker)
+            p.step(1)
+            if number + 1 in ends and settled(scene, taker.found, number + 1):
+                return
+
+
+def take_walking(taker: Taker) -> None:
+    """All batches layer by layer: each layer comes once, so costs that settle sooner save nothing here."""
+    scene, walking = taker.scene, taker.walking
+    with progress(f"sense: {taker.kind}", len(scene.spec.layers), "layers") as p:
+        for visit in visits_of(taker):
+            taker.counting = not visit.backward
+            pairs = visit.layers if visit.backward or taker.kind == "error" else ()
+            todo = []
+            for layer, module in pairs:
+                if (kept := scene.kept.load(f"layer-{layer.layer}")) is None:
+                    todo.append((layer, module))
+                    continue
+                for name, form in kept.items():
+                    number, _, projection = name.partition(".")
+                    taker.found[int(number), layer.layer, projection] = torch.from_numpy(form)
+            taker.layer_of = {id(module): layer for layer, module in todo}
+            taker.candidates = candidates(scene, walking, visit, todo)
+            with watch(walking.model, taker):
+                for _ in visit.each():
+                    taker.count_batch()
+            for layer, _ in todo:
+                forms = {
+                    f"{n}.{q}": f.cpu().numpy() for (n, number, q), f in taker.found.items() if number == layer.layer
+                }
+                scene.kept.save(f"layer-{layer.layer}", forms)
+            p.step(len(pairs))
+            taker.candidates.clear()  # before the next layer comes
+
+
+def stops(batches: int) -> list[int]:
+    """After how many batches it is asked whether they were enough: 4, 8, 16, … and all."""
+    return [n for n in (4 << k for k in range(40)) if n < batches] + [batches]
+
+
+def settled(scene: Scene, found: Mapping[tuple[int, int, str], Tensor], used: int) -> bool:
+    """Whether the first batches are as good as all: maps made from their halves cost hardly more than theirs."""
+    if used == len(scene.batches):
+        return True
+    costs = [estimate(scene, layer, found, used) for layer in scene.spec.layers]
+    if (halves_HIF := halves_of(scene, costs, used)) is None:
+        return False
+    bytes_IF = np.array([[fmt.nbytes(*shape) for fmt in scene.formats] for _, shape in scene.spec.linears])
+    return regret(by_linear([c["mean"] for c in costs]), halves_HIF, bytes_IF) <= SETTLED
 
 
 def by_linear(layers_EPF: Sequence[np.ndarray]) -> np.ndarray:
@@ -208,8 +263,9 @@ def by_linear(layers_EPF: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([layer.reshape(-1, layer.shape[-1]) for layer in layers_EPF])
 
 
-def visits_of(taker: Taker, scene: Scene, walking: Walk) -> Iterator[Visit]:
+def visits_of(taker: Taker) -> Iterator[Visit]:
     """All batches through the model, and back where gradients are asked for; those done are left out."""
+    scene, walking = taker.scene, taker.walking
     generator = torch.Generator().manual_seed(scene.seed)
 
     def unless_done(number: int, run: Run) -> Tensor | None:
@@ -232,7 +288,7 @@ def share(scene: Scene, kind: str, layers: Sequence[int], batches: Sequence[int]
     with walk(scene, exact=kind != "error") as walking:
         assert walking.whole
         taker = Taker(kind, scene, walking)
-        visit = next(visits_of(taker, scene, walking))
+        visit = next(visits_of(taker))
         if layers:
             candidates(scene, walking, visit, [pair for pair in visit.layers if pair[0].layer in layers])
         if batches:
@@ -242,40 +298,39 @@ def share(scene: Scene, kind: str, layers: Sequence[int], batches: Sequence[int]
             with watch(walking.model, taker):
                 for number, _ in enumerate(visit.each()):
                     if number in batches:
-                        keep(scene, taker, number)
+                        keep(taker)
 
 
-def keep(scene: Scene, taker: Taker, number: int) -> dict[str, Tensor]:
-    """Have the run directory keep what a batch left; its counts, taken away from the taker's."""
-    counts = taker.counts.take()
+def keep(taker: Taker) -> None:
+    """Have the run directory keep what the batch that moved last left."""
+    number, counts = taker.walking.now, taker.count_batch()
     forms = {f"{layer}.{p}": form for (n, layer, p), form in taker.found.items() if n == number}
-    scene.kept.save(f"batch-{number}", {name: t.cpu().numpy() for name, t in (counts | forms).items()})
-    return counts
+    taker.scene.kept.save(f"batch-{number}", {name: t.cpu().numpy() for name, t in (counts | forms).items()})
 
 
-def take_up(scene: Scene, taker: Taker) -> dict[int, dict[str, Tensor]]:
-    """The batches that are kept: their forms given to the taker, and the counts of each."""
-    counts: dict[int, dict[str, Tensor]] = {}
-    for number in range(len(scene.batches)):
-        if (kept := scene.kept.load(f"batch-{number}")) is not None:
+def take_up(taker: Taker) -> None:
+    """The batches that are kept: their forms and counts given to the taker."""
+    for number in range(len(taker.scene.batches)):
+        if (kept := taker.scene.kept.load(f"batch-{number}")) is not None:
             tensors = {name: torch.from_numpy(array) for name, array in kept.items()}
             for name in [name for name in tensors if "." in name]:
                 layer, _, p = name.partition(".")
                 taker.found[number, int(layer), p] = tensors.pop(name)
-            counts[number] = tensors
-    return counts
+            taker.counted[number] = tensors
 
 
-def estimate(scene: Scene, layer: MoELayer, found: Mapping[tuple[int, int, str], Tensor]) -> dict[str, np.ndarray]:
-    """A layer's costs: `mean` [E, P, F] and its `variance` over all batches; `halves` [2, E, P, F] the means of every
-    other batch and of those between, each for checking what was made from the other ([0, …] of a single batch)."""
+def estimate(
+    scene: Scene, layer: MoELayer, found: Mapping[tuple[int, int, str], Tensor], used: int
+) -> dict[str, np.ndarray]:
+    """A layer's costs by the first batches: `mean` [E, P, F] and its `variance`; `halves` [2, E, P, F] the means of
+    each of `by_halves`, for checking what was made from the other ([0, …] where there are none)."""
     unused = torch.zeros(layer.experts, len(scene.formats), dtype=torch.float64)  # a picture tower's, without pictures
     values = [
         torch.stack([found.get((n, layer.layer, p), unused) for p in layer.projections], 1).cpu().numpy()
-        for n in range(len(scene.batches))
+        for n in range(used)
     ]
-    whole = summed(scene, values, slice(None))
-    halves = [summed(scene, values, slice(h, None, 2)) for h in (0, 1) if len(values) > 1]
+    whole = summed(scene, values, range(used))
+    halves = [summed(scene, values, half) for half in by_halves(scene, used)]
     return {
         "mean": np.mean([s.mean() for s in whole], axis=0),
         "variance": np.sum([s.variance() for s in whole], axis=0) / len(whole) ** 2,
@@ -285,10 +340,23 @@ def estimate(scene: Scene, layer: MoELayer, found: Mapping[tuple[int, int, str],
     }
 
 
-def summed(scene: Scene, values: Sequence[np.ndarray], which: slice) -> list[Sums]:
+def by_halves(scene: Scene, used: int) -> list[list[int]]:
+    """Every other of the first batches of each modality, and those between; nothing where one has a single batch."""
+    image = ["image_mask" in batch for batch in scene.batches[:used]]
+    kinds = [[n for n in range(used) if image[n] == kind] for kind in set(image)]
+    return [sorted(n for kind in kinds for n in kind[h::2]) for h in (0, 1)] if min(map(len, kinds)) > 1 else []
+
+
+def halves_of(scene: Scene, costs: Sequence[Mapping[str, np.ndarray]], used: int) -> np.ndarray | None:
+    """All layers' costs by half of the data [2, I, F]."""
+    halves = range(len(by_halves(scene, used)))
+    return np.stack([by_linear([c["halves"][h] for c in costs]) for h in halves]) if halves else None
+
+
+def summed(scene: Scene, values: Sequence[np.ndarray], which: Sequence[int]) -> list[Sums]:
     """Sums of some batches, a modality each."""
     sums: dict[str, Sums] = {}
-    for batch, value in zip(scene.batches[which], values[which], strict=True):
+    for batch, value in ((scene.batches[n], values[n]) for n in which):
         zero = np.zeros_like(value)
         kept = sums.setdefault("image" if "image_mask" in batch else "text", Sums(zero, zero.copy(), zero.copy()))
         kept.add(value, float(predicting(batch).sum()))
@@ -330,7 +398,9 @@ def candidates(
                 (p, f): made[layer.layer, p][f].pack() for p in layer.projections for f in range(len(scene.formats))
             }
             arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in parts.items() for k, t in part.items()}
-            scene.kept.save(f"candidates-{layer.layer}", arrays)
+            if seen is not None:
+                arrays |= {"tokens": seen.tokens_E.numpy(), "finite": np.array(seen.finite)}
+            scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays)
     return made
 
 
@@ -338,7 +408,7 @@ def kept_candidates(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> dict
     """Those that an earlier run made: the dearest part of sensing a model in memory."""
     made: dict[tuple[int, str], list[QWeight]] = {}
     for layer, module in pairs:
-        kept = scene.kept.load(f"candidates-{layer.layer}")
+        kept = scene.kept.load(f"{CANDIDATES}{layer.layer}")
         if kept is None:
             continue
         device = weights(module)[layer.projections[0]].device
@@ -348,3 +418,18 @@ def kept_candidates(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> dict
                 parts = {k: torch.from_numpy(kept[f"{p}.{f}.{k}"]).to(device) for k in fmt.shapes(1, 1)}
                 made[layer.layer, p].append(QWeight.unpack(parts, fmt, *layer.shapes[p]))
     return made
+
+
+def chosen_candidates(
+    kept: Kept, layer: MoELayer, map_: PrecisionMap, formats: Sequence[Format]
+) -> tuple[dict[LinearId, dict[str, Tensor]], np.ndarray] | None:
+    """What the quantizer made of a layer when it was sensed in memory: of each matrix the tensors of the map's format,
+    and the tokens that reached each expert [E]. None where that is not kept, or was made of overflowing data."""
+    found = kept.load(f"{CANDIDATES}{layer.layer}")
+    if found is None or not found["finite"]:
+        return None
+    linears = [LinearId(layer.layer, e, p) for e in range(layer.experts) for p in layer.projections]
+    stems = {i: f"{i.projection}.{formats.index(map_[i])}" for i in linears}
+    return {
+        i: {k: torch.from_numpy(found[f"{stems[i]}.{k}"][i.expert]) for k in map_[i].shapes(1, 1)} for i in linears
+    }, found["tokens"]
