@@ -1,7 +1,7 @@
 """What each way of choosing widths costs, at exactly equal bytes: sensitivities x allocators x quantizers.
 
     python bench/accuracy.py --model bench-lm --calib text_calib.jsonl --eval text_eval.jsonl --window 256 -o lm.jsonl
-    python bench/accuracy.py --table lm.jsonl
+    python bench/accuracy.py --table lm.jsonl --plot lm.svg
 
 Every matrix is quantized once per quantizer and format; an arm then puts the dequantized values of its map into the
 model (a checkpoint read back gives the same logits, which `quantize` checks) and measures it against the original.
@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ from mopeq.nouns import Format, Sensitivity, members_by_format
 from mopeq.options import Options
 from mopeq.progress import say
 from mopeq.quant import QUANTIZERS, sensed_as
+from mopeq.report.charts import DASHES, Axis, scatter_frame
+from mopeq.report.render import unit_of
+from mopeq.report.svg import number, svg
 from mopeq.seam import model_layers, weights
 from mopeq.sense import SENSORS
 from mopeq.sense.moments import Moments, collect
@@ -45,7 +50,7 @@ from mopeq.tables import Row, pick
 from mopeq.tensors import QWeight
 from mopeq.tune import tune_scales
 
-AVERAGES = (2.0, 2.5, 3.0, 3.5, 4.0)
+AVERAGES = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0)
 BESIDE = {"plain gptq": Row("plain_gptq:quantize", "the baseline", needs_data=True, sensed_as="gptq")}
 
 
@@ -238,6 +243,7 @@ def first_tokens(rows: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", type=Path, help="print the tables of this output, and measure nothing")
+    parser.add_argument("--plot", type=Path, help="with --table: its picture too, bytes against KL (.svg)")
     parser.add_argument("--model")
     parser.add_argument("--calib", action="append", default=[])
     parser.add_argument("--eval", action="append", default=[])
@@ -248,13 +254,16 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="items of each task measured")
     parser.add_argument("--methods", default="rtn,signround,gptq", help="quantizers; gptq+tune: and tune its scales")
     parser.add_argument("--averages", default=",".join(map(str, AVERAGES)))
-    parser.add_argument("--only", default="", help="arms whose name contains one of these, by semicolons")
+    parser.add_argument("--only", default="", help="arms so named, or whose names contain it, by semicolons")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     if args.table:
-        tables(args.table)
+        rows = [r for r in map(json.loads, args.table.read_text().splitlines()) if "arm" in r]
+        tables(rows)
+        if args.plot:
+            args.plot.write_text(picture(rows), encoding="utf-8")
         return
     QUANTIZERS.update(BESIDE)
     done = set()
@@ -285,12 +294,12 @@ def asked_arms(args: argparse.Namespace) -> list[tuple[float | None, str, dict[s
     for scope in ("model", "layer"):
         for s in ("hessian", "hutchinson", "frequency"):
             found.append((None, f"kmeans {scope}, {s}", {"allocate": "kmeans", "scope": scope, "sensitivity": s}))
-    return [arm for arm in found if any(part in arm[1] for part in args.only.split(";"))]
+    names, parts = {name for _, name, _ in found}, args.only.split(";")
+    return [arm for arm in found if any(arm[1] == part if part in names else part in arm[1] for part in parts)]
 
 
-def tables(path: Path) -> None:
-    """Markdown of a results file: a table a quantizer, mean of the seeds, and the k-means maps at their own bytes."""
-    rows = [r for r in map(json.loads, path.read_text().splitlines()) if "arm" in r]
+def tables(rows: list[dict[str, Any]]) -> None:
+    """Markdown of results: a table a quantizer, mean of the seeds, and the k-means maps at their own bytes."""
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == method]
         budgets = sorted({r["average"] for r in mine if r["average"] is not None})
@@ -306,12 +315,80 @@ def tables(path: Path) -> None:
             for arm in dict.fromkeys(r["arm"] for r in mine if r["average"] is not None):
                 cells = [[r[field] for r in mine if (r["arm"], r["average"]) == (arm, a)] for a in budgets]
                 print(f"| {arm} | " + " | ".join(spread(c) for c in cells) + " |")
-        print(f"\n| {method}: map | bytes | code bits | KL |\n|---|---|---|---|")
-        for arm in dict.fromkeys(r["arm"] for r in mine if r["average"] is None):
+        clustered = dict.fromkeys(r["arm"] for r in mine if r["average"] is None)
+        if clustered:
+            print(f"\n| {method}: map | bytes | code bits | KL |\n|---|---|---|---|")
+        for arm in clustered:
             of = [r for r in mine if r["arm"] == arm]
             print(
                 f"| {arm} | {mean(of, 'bytes'):,.0f} | {mean(of, 'code_bits'):.3f} | {spread([r['kl'] for r in of])} |"
             )
+
+
+STYLE = """svg{--page:#fdfcfa;--ink:#1b1e24;--soft:#5a616d;--rule:#dedbd4;--h0:#0072b2;--h1:#c24e00;--h2:#00805c;
+font:12px ui-sans-serif,system-ui,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sans-serif;fill:var(--ink)}
+@media (prefers-color-scheme:dark){svg{--page:#14161a;--ink:#e6e4df;--soft:#a0a4ac;--rule:#33373f;
+--h0:#6cb8f0;--h1:#f0a33a;--h2:#3fcf9f}}
+.page{fill:var(--page)}.ax{fill:var(--soft);font-size:10.5px}.c{text-anchor:middle}.e{text-anchor:end}
+.grid{stroke:var(--rule);fill:none}.arm{stroke-width:1.6;fill:none}.arm.flat{stroke-width:2.6}
+.h0{stroke:var(--h0)}.h1{stroke:var(--h1)}.h2{stroke:var(--h2)}.flat{stroke:var(--soft)}
+rect.at,circle.at{fill:var(--page);stroke-width:1.6}"""
+SIZE, LEGEND = (800, 400), 230  # a quantizer's panel; of its width, what the names take
+
+
+def picture(rows: list[dict[str, Any]]) -> str:
+    """Bytes against KL (log), a panel a quantizer and a line an arm: means of the seeds, bars from least to most."""
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    unit = unit_of([r["bytes"] for r in rows])
+    (width, height), title = SIZE, "bytes of weights against KL, a line a way of choosing widths"
+    panels = [panel([r for r in rows if r["method"] == m], m, unit) for m in methods]
+    body = f'<style>{STYLE}</style><rect class="page" width="100%" height="100%"/>' + "".join(
+        f'<g transform="translate(0 {i * height})">{p}</g>' for i, p in enumerate(panels)
+    )
+    frame = f' xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height * len(panels)}"'
+    return f"{svg(width, height * len(panels), body, title, 'pareto', frame)}\n"
+
+
+def panel(rows: list[dict[str, Any]], method: str, unit: tuple[int, str]) -> str:
+    (width, height), lines = SIZE, arm_points(rows, unit[0])
+    xs, ys = zip(*((x, y) for points in lines.values() for x, *ks in points for y in ks), strict=True)
+    pad = 0.04 * (max(xs) - min(xs)) or 0.05 * max(xs)
+    across = Axis(min(xs) - pad, max(xs) + pad, 64, width - LEGEND)
+    upward = Axis(math.log10(min(ys)) - 0.08, math.log10(max(ys)) + 0.08, height - 44, 34, log=True)
+    body = [f'<text x="{across.start}" y="20">{escape(method)}</text>']
+    body.append(scatter_frame(across, upward, unit[1], "KL, nats per token"))
+    for n, (arm, points) in enumerate(lines.items()):
+        places = [(across.at(x), *(upward.at(k) for k in ks)) for x, *ks in points]
+        y = 40 + 18 * n
+        body.append(drawn(arm, n, places))
+        body.append(drawn(arm, n, [(width - LEGEND + x, y, y, y) for x in (18, 42)]))
+        body.append(f'<text x="{width - LEGEND + 54}" y="{y + 4}">{escape(arm)}</text>')
+    return "".join(body)
+
+
+def arm_points(rows: list[dict[str, Any]], unit: int) -> dict[str, list[tuple[float, float, float, float]]]:
+    """{arm: (size, mean KL, least, most) by size}; the arms that lose most where all are measured first."""
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        of = [[r for r in rows if (r["arm"], r["average"]) == (arm, a)] for a in {r["average"] for r in rows}]
+        kls = [(mean(c, "bytes") / unit, [r["kl"] for r in c]) for c in of if c]
+        found[arm] = sorted((x, sum(k) / len(k), min(k), max(k)) for x, k in kls)
+    middle = [r["average"] for r in rows if r["average"] is not None and r["arm"] != "uniform"]
+    most = max(sorted(set(middle)), key=middle.count, default=None)
+    at = {r["arm"]: r["kl"] for r in rows if r["average"] == most}
+    return dict(sorted(found.items(), key=lambda kv: -at.get(kv[0], math.inf)))
+
+
+def drawn(arm: str, n: int, places: list[tuple[float, float, float, float]]) -> str:
+    """The n-th arm's line, bars and marks; squares and a solid grey line for one width."""
+    name, dashes = ("flat", "") if arm == "uniform" else (f"h{n % 3}", DASHES[n // 3 % len(DASHES)])
+    line = "L".join(f"{number(x)} {number(y)}" for x, y, *_ in places)
+    body = [f'<path class="arm {name}" stroke-dasharray="{dashes}" d="M{line}"/>']
+    for x, y, low, high in places:
+        body.append(f'<path class="arm {name}" d="M{number(x)} {number(low)}V{number(high)}"/>')
+        box = f'<rect class="at {name}" x="{number(x - 3.5)}" y="{number(y - 3.5)}" width="7" height="7"/>'
+        body.append(box if arm == "uniform" else f'<circle class="at {name}" cx="{number(x)}" cy="{number(y)}" r="3"/>')
+    return "".join(body)
 
 
 def mean(rows: list[dict[str, Any]], field: str) -> float:

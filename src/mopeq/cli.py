@@ -170,7 +170,7 @@ def quantize(
 @app.command("map", epilog=example("mopeq map ./packed", "mopeq map ./packed --avg-bits 2.5 --json > map.json"))
 def map_command(
     run_or_out: Annotated[Path, typer.Argument(metavar="RUN_OR_OUT", help="a packed checkpoint or a run directory")],
-    avg_bits: AvgBits = None,
+    avg_bits: Annotated[float | None, typer.Option(help="another budget: average code bits of routed experts")] = None,
     fit: Fit = None,
     against: Annotated[Path | None, typer.Option(help="another checkpoint or map file to compare with")] = None,
     as_json: AsJson = False,
@@ -230,7 +230,7 @@ def eval_command(
     tasks: Annotated[
         str | None, typer.Option(help="task names to keep, comma-separated; all of the data's by default")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="at most this many items of each task, windows of text")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most this many items of each task, and windows of text")] = None,
     device: Device = "auto",
     save: Annotated[Path | None, typer.Option(help="write per-item records here (.jsonl)")] = None,
     max_memory: Memory = None,
@@ -302,7 +302,7 @@ def export(
 
 @app.command(epilog=example("mopeq report ./packed -o report.html"))
 def report(
-    out_or_run: Annotated[list[Path], typer.Argument(metavar="OUT_OR_RUN...", help="packed checkpoints")],
+    out_or_run: Annotated[list[Path], typer.Argument(metavar="OUT_OR_RUN...", help="checkpoints or run directories")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the HTML file to write")] = Path("report.html"),
     as_json: AsJson = False,
 ) -> None:
@@ -399,7 +399,9 @@ def run_command(arguments: list[str], debug: bool) -> int:
         return fail(f"{error.strerror or error}{where}", hint, 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown flag, a missing argument, a bad value
+            known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
             verb = next((a for a in arguments if not a.startswith("-")), "")
+            verb = verb if verb in known else ""
             return fail(" ".join(error.format_message().split()), " ".join(f"mopeq {verb} --help".split()), 2)
         if debug:
             raise

@@ -74,6 +74,8 @@ def load_config(folder: Path) -> Any:
     """The model's config; of a source that mopeq unpacks itself (sources.py), as it was before it was packed."""
     from transformers import AutoConfig
 
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder} has no config.json", "give the folder of a checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if packed_tensors(folder):

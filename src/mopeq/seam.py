@@ -312,5 +312,5 @@ def plain_forward(
         if see is not None:
             see(Seen(e, tokens, weight, dict.fromkeys(names, x) | {"down": h}, top | {"down": down}))
         y = module.post_expert_norm(down) if getattr(module, "has_post_expert_norm", False) else down
-        out_TH = out_TH.index_add(0, tokens, (y * weight.unsqueeze(-1)).to(out_TH.dtype))
+        out_TH.index_add_(0, tokens, (y * weight.unsqueeze(-1)).to(out_TH.dtype))
     return out_TH

@@ -234,7 +234,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
             return done
         claim(job, out, before)
         run.event("start", job=digest)
-        write_atomic(run.path / "spec.json", json_bytes(forecast(job)))
+        write_atomic(run.path / "spec.json", json_bytes(forecast(job) | made_from(job, calibration)))
         checked = stage_digest(
             "check", source=job.spec.digest, experts=checks_experts(job), other=job.options.other_bits
         )
@@ -272,6 +272,22 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
         say(f"note: {note}")
     say(f"{size_text(source)} -> {size_text(payload)} in {out}")
     return facts
+
+
+def made_from(job: Job, calibration: Calibration | None) -> dict[str, Any]:
+    """The source, the options and the data, as JSON: all that another budget is solved from beside a sensitivity."""
+    options = {
+        k: (list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v)
+        for k, v in vars(job.options).items()
+    }
+    return {
+        "source": str(job.folder.resolve()),
+        "source_name": job.name,
+        "source_revision": job.revision,
+        "source_digest": job.spec.digest,
+        "options": options | {"calib": [str(p) for p in job.options.calib]},
+        "calibration": {"digest": calibration.digest, "tokens": calibration.tokens} if calibration else None,
+    }
 
 
 def job_digest(job: Job) -> str:
@@ -879,20 +895,11 @@ def seal(
     from mopeq.card import model_card
 
     versions = {name: sys.modules[name].__version__ for name in ("numpy", "torch", "transformers", "mopeq")}
-    options = {
-        k: (list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v)
-        for k, v in vars(job.options).items()
-    }
     body = {
         "job": digest,
-        "source": str(job.folder.resolve()),
-        "source_name": job.name,
-        "source_revision": job.revision,
-        "source_digest": job.spec.digest,
-        "options": options | {"calib": [str(p) for p in job.options.calib]},
+        **made_from(job, calibration),
         "versions": versions,
         "threads": sys.modules["torch"].get_num_threads(),  # sums over calibration data are taken in their order
-        "calibration": {"digest": calibration.digest, "tokens": calibration.tokens} if calibration else None,
         "sensitivity_notes": list(s.notes) if s else [],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "result": facts,

@@ -9,12 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import made
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 
 from mopeq import __version__, cli
 from mopeq.cli import app, run_command
 from mopeq.errors import BadInput, MopeqError
+from mopeq.progress import silence
 
 VERBS = ("plan", "quantize", "map", "run", "eval", "bench", "report", "verify", "demo")
 
@@ -70,6 +73,7 @@ def test_version(capsys: Any) -> None:
 def test_what_typer_itself_refuses(arguments: list[str], capsys: Any) -> None:
     error, hint = refused(capsys, arguments)
     assert error and "--help" in hint
+    assert "nonsense" not in hint  # a hint is a command that works
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,56 @@ def test_what_typer_itself_refuses(arguments: list[str], capsys: Any) -> None:
 def test_bad_input(arguments: list[str], said: str, capsys: Any) -> None:
     error, _ = refused(capsys, arguments)
     assert said in error
+
+
+@pytest.mark.parametrize("words", [["run", "--prompt", "x"], ["eval"]])
+def test_a_folder_that_is_no_checkpoint(words: list[str], tmp_path: Path, capsys: Any) -> None:
+    error, hint = refused(capsys, [words[0], str(tmp_path), *words[1:]])
+    assert "no config.json" in error and "mopeq quantize" in hint
+
+
+def test_an_answer_of_no_numbers_is_an_error(tmp_path: Path, capsys: Any) -> None:
+    out = made.copy(made.packed("olmoe")[0], tmp_path / "out")
+    for shard in out.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in tensors.keys() & {"model.norm.weight"}:
+            tensors[name] = tensors[name] * float("nan")
+        save_file(tensors, shard, metadata={"format": "pt"})
+    capsys.readouterr()  # what making the checkpoint said
+    error, hint = refused(capsys, ["run", str(out), "--prompt", "the quick"], code=1)
+    assert "not numbers" in error and "mopeq verify" in hint
+
+
+def test_a_run_directory_solves_other_budgets_too(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Shared by --run, beside a checkpoint, or of a job that came no further than its sensitivity."""
+
+    def solved(path: Path) -> dict[str, Any]:
+        assert run_command(["map", str(path), "--fit", "75%", "--json"], False) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    source, options = made.source("olmoe"), {"per": "projection", "avg_bits": 2.5}
+    with silence():
+        made.quantize(source, tmp_path / "out", run=tmp_path / "run", **options)
+        made.quantize(source, tmp_path / "alone", **options)
+    wanted = solved(tmp_path / "out")
+    assert (
+        wanted["bytes_weights"]
+        > json.loads((tmp_path / "out" / "mopeq_run.json").read_text())["result"]["bytes_weights"]
+    )
+    assert solved(tmp_path / "run") == solved(tmp_path / "alone" / ".mopeq") == wanted
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mopeq.stages.quantize_layers", stop)
+    with silence(), pytest.raises(KeyboardInterrupt):
+        made.quantize(source, tmp_path / "stopped", **options)
+    assert solved(tmp_path / "stopped" / ".mopeq") == wanted
+
+    spec = tmp_path / "run" / "spec.json"
+    spec.write_text(json.dumps({k: v for k, v in json.loads(spec.read_text()).items() if k != "options"}))
+    assert "does not tell what was asked" in refused(capsys, ["map", str(tmp_path / "run"), "--fit", "75%"])[0]
+    assert "has no mopeq_run.json" in refused(capsys, ["map", str(tmp_path), "--fit", "75%"])[0]
 
 
 def fails_with(monkeypatch: Any, problem: BaseException) -> None:

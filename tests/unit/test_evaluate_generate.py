@@ -14,6 +14,7 @@ import mopeq.evaluate.generate as generate_module
 from mopeq.data.encode import encode_prompt
 from mopeq.data.processor import load_processor, tokenizer_of
 from mopeq.data.readers import Item
+from mopeq.errors import MopeqError
 from mopeq.evaluate.generate import _greedy, answerer, collate, generate, grouped, stop_ids
 
 
@@ -85,6 +86,23 @@ def test_an_answer_ends_at_the_end_of_text(loaded) -> None:
         assert _greedy(model, prompt, 5, tokens)[0].tolist() == [first, second]
     finally:
         model.generation_config.eos_token_id = before
+
+
+@pytest.mark.parametrize("sick", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_told(loaded, sick: float) -> None:
+    """Greedy search would take the first token, and an answer would look like any other."""
+    model, processor = loaded
+    norm = model.model.language_model.norm.weight
+    before = norm.detach().clone()
+    with torch.no_grad():
+        norm[3] = sick
+    try:
+        with pytest.raises(MopeqError, match="logits are not numbers") as told:
+            generate(model, processor, [asked(0), asked(1)], new_tokens=3)
+        assert told.value.hint
+    finally:
+        with torch.no_grad():
+            norm.copy_(before)
 
 
 def test_groups_hold_every_prompt_once_and_little_padding() -> None:

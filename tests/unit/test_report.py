@@ -3,8 +3,10 @@ real folders."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import made
 import numpy as np
@@ -789,6 +792,60 @@ def test_hostile_checkpoint_files(tmp_path: Path) -> None:
     reporting.write([out], tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text())
     assert (page.astray, page.open, page.count("script"), page.count("img")) == ([], [], 2, 0)
+
+
+# ------------------------------------------------------------------------- the benchmark's picture, of the same parts
+
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Any:
+    spec = importlib.util.spec_from_file_location("accuracy", BENCH / "accuracy.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmarks_picture(accuracy: Any) -> None:
+    """A panel a quantizer; every mean where its axes say, lower the less is lost; a bar where seeds differ."""
+    rows = [
+        {
+            "arm": arm,
+            "average": bits,
+            "method": method,
+            "seed": seed,
+            "bytes": int(bits * 2**20),
+            "kl": loss + seed / 99,
+        }
+        for method in ("gptq", "<rtn>")
+        for arm, bits, loss in (("uniform", 2.0, 0.5), ("uniform", 3.0, 0.1), ("a", 2.5, 0.3), ("b", 2.5, 0.2))
+        for seed in (0, 1)
+    ]
+    rows.append({"arm": "kmeans", "average": None, "method": "gptq", "bytes": 2**21, "kl": 0.4})
+    root = ElementTree.fromstring(accuracy.picture(rows))
+    svg = "{http://www.w3.org/2000/svg}"
+    first, second = root.findall(f"{svg}g")
+    words = [t.text for t in first.iter(f"{svg}text")]
+    assert words[0] == "gptq" and next(t.text for t in second.iter(f"{svg}text")) == "<rtn>"
+    assert words[-4:] == ["uniform", "kmeans", "a", "b"]
+    at = [
+        (float(c.get("cx")), float(c.get("cy"))) for c in first.iter(f"{svg}circle")
+    ]  # kmeans, a, b; 2 of each legend
+    (kx, ky), (ax, ay), (bx, by) = at[0], at[3], at[6]
+    assert kx < ax == bx and ky < ay < by
+    assert len(list(first.iter(f"{svg}rect"))) == 4
+
+
+def test_arms_are_asked_for_by_name(accuracy: Any) -> None:
+    def asked(only: str) -> set[str]:
+        return {name for _, name, _ in accuracy.asked_arms(argparse.Namespace(averages="2.25,3.0", only=only))}
+
+    assert asked("fisher, projection;uniform") == {"fisher, projection", "uniform"}
+    assert asked("fisher-seq") == {"fisher-seq, expert", "fisher-seq, projection"}
+    assert len(asked("")) > 15
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def load_processor(folder: str | Path) -> Any:
     folder = Path(folder)
     if not any(any(folder.glob(name)) for name in VOCABULARIES):
         raise BadInput(
-            f"{folder} has no tokenizer, and this needs data", "without one: --sensitivity hessian --method rtn"
+            f"{folder} has no tokenizer, and this needs data",
+            "copy the source's tokenizer files there; `mopeq quantize` without one: --sensitivity hessian --method rtn",
         )
     mend_torchvision()
     from transformers import AutoProcessor, AutoTokenizer

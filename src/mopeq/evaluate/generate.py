@@ -18,6 +18,7 @@ from mopeq.data.encode import Batch, encode_prompt
 from mopeq.data.processor import tokenizer_of
 from mopeq.data.readers import Item
 from mopeq.data.wordings import understood, wording_of
+from mopeq.errors import MopeqError
 
 PADDABLE = ("pixel_values", "image_grid_thw", "image_sizes")  # rows of these do not depend on a prompt's length
 NEW_TOKENS = 64
@@ -91,8 +92,19 @@ def _greedy(model: Any, batch: Batch, new_tokens: int, tokenizer: Any) -> Tensor
         pad_token_id=_pad_id(tokenizer),
     )
     with torch.no_grad():
-        out_BT = model.generate(**moved, generation_config=settings)
+        out_BT = model.generate(**moved, generation_config=settings, logits_processor=[refuse_no_numbers])
     return out_BT[:, batch["input_ids"].shape[1] :]
+
+
+def refuse_no_numbers(_: Tensor, scores_BV: Tensor) -> Tensor:
+    """A logits processor that changes nothing: greedy search takes the first token where a logit is NaN, and says so to
+    nobody. MopeqError where a row has NaN, infinity, or nothing finite."""
+    if not scores_BV.logsumexp(-1).isfinite().all():
+        raise MopeqError(
+            "the model's logits are not numbers (NaN or infinite)",
+            "`mopeq verify` tells whether its files are whole; on a GPU, --device cpu runs it in float32",
+        )
+    return scores_BV
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:

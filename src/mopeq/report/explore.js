@@ -286,6 +286,7 @@
         body.push(`<circle class="dot o" cx="${x}" cy="${y}" r="4.5"/><text class="nm ${end ? "e" : "s"}" x="${Number(x) + (end ? -9 : 9)}" y="${Number(y) - (end ? 14 : 6)}">all ${m.words}</text>`);
       }
       body.push(`<text class="ax c" x="${(box.left + box.right) / 2}" y="${box.bottom + 34}">weights, ${words}</text>`);
+      body.push(`<text class="ax c" transform="translate(14 ${(box.top + box.bottom) / 2}) rotate(-90)">predicted loss</text>`);
       body.push(`<g class="here"><path class="grid" d=""/><circle class="dot" r="6"/></g>`);
       svg.innerHTML = body.join("");
       this.bottom = box.bottom;

@@ -92,8 +92,10 @@ def percent(x: float | None, digits: int = 1) -> str:
 
 
 def signed(x: float, unit: str = "") -> str:
-    """A difference, its sign always said."""
+    """A difference, its sign said unless it is written as 0."""
     text = f"{100 * abs(x):.1f} %" if unit == "%" else significant(abs(x))
+    if text == "0.0 %":
+        return text
     return ("−" if x < 0 else "+" if x > 0 else "") + text
 
 
@@ -225,7 +227,7 @@ def width_panels(widths: Widths, shades: dict[Format, int]) -> dict[str, Any]:
     bits = np.array([*(float(f.bits) for f in widths.formats), np.nan])
     panels = []
     for panel, grid_LE in widths.grids.items():
-        mean_L = np.nanmean(bits[grid_LE], axis=1)
+        mean_L = np.nanmean(bits[grid_LE], axis=1) + 1e-9  # 2.125 is 2.13, as the page's script writes it
         cells = Cells(
             "w", lookup[grid_LE], widths.layers, written, margin=[f"{m:.2f}" for m in mean_L], margin_title="mean"
         )

@@ -41,7 +41,7 @@ from mopeq.tensors import QWeight
 from mopeq.walk.walking import Run, Visit, Walk
 
 CHUNK = 1 << 24  # weights quantized at a time
-SETTLED = 0.025  # of the predicted loss that maps of halves may lose
+SETTLED = 0.015  # of the predicted loss, that maps of halves may lose (docs/accuracy.md)
 
 
 def fisher(scene: Scene) -> Sensitivity:

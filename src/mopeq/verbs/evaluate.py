@@ -57,6 +57,8 @@ def evaluate(
     save: per-item records (JSON lines). float32 throughout. BadInput for unreadable data or folders.
     """
     folder, _ = find_folder(out)
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{out} has no config.json: it is no checkpoint", "give a folder made by `mopeq quantize`")
     source = None if against is None else find_folder(against)[0]  # a wrong path is said before anything is loaded
     known_rules(rules)
     harness = find_tasks(lm_eval) if lm_eval else None

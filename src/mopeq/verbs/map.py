@@ -49,18 +49,18 @@ def load_map(path: Path) -> PrecisionMap:
     return PrecisionMap.from_json(read_json(maps[-1]), str(maps[-1]))
 
 
-def solve_again(out: Path, avg_bits: float | None, fit: str | int | None) -> tuple[PrecisionMap, dict[str, Any]]:
-    """The map of another budget, by the same options and the sensitivity saved beside the checkpoint."""
-    if not (out / RUN).exists():
-        raise BadInput(f"{out} has no {RUN}", "another budget is solved for a finished checkpoint of `mopeq quantize`")
-    facts = read_json(out / RUN)
+def solve_again(path: Path, avg_bits: float | None, fit: str | int | None) -> tuple[PrecisionMap, dict[str, Any]]:
+    """The map of another budget, by the same options and the sensitivity saved beside the checkpoint or in the run
+    directory."""
+    record, run = recorded(path)
+    facts = read_json(record)
     try:
         job = job_of(facts, avg_bits, fit)
+        run = run or run_of(path, facts)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise BadInput(f"{out / RUN} is damaged: {problem}", "copy or make the checkpoint again") from None
+        raise BadInput(f"{record} is damaged: {problem}", "copy or make the checkpoint again") from None
     sensitivity = None
     if not skips_sense(job):
-        run = run_of(out, facts)
         sensitivity = saved_sensitivity(run, facts, job)
         if sensitivity is None:
             raise BadInput(f"{run.path} holds no {job.options.sensitivity} sensitivity", "quantize once with --run DIR")
@@ -73,6 +73,23 @@ def solve_again(out: Path, avg_bits: float | None, fit: str | int | None) -> tup
         "avg_expert_bits": map_.code_bits(job.spec) / job.spec.expert_params,
         "avg_expert_bits_effective": 8 * map_.nbytes(job.spec) / job.spec.expert_params,
     }
+
+
+def recorded(path: Path) -> tuple[Path, RunDir | None]:
+    """(the file that tells what was asked, the run directory where `path` is one itself). A run directory that several
+    jobs share tells of the last."""
+    if (path / RUN).exists():
+        return path / RUN, None
+    record = path / "spec.json"
+    if not record.exists():
+        raise BadInput(
+            f"{path} has no {RUN}", "another budget is solved for a checkpoint of `mopeq quantize`, or for its --run"
+        )
+    body = read_json(record)
+    if not isinstance(body, dict) or "options" not in body:
+        raise BadInput(f"{record} does not tell what was asked", "give the checkpoint that was made with it")
+    say(f"note: by the options of the last job in {path}")
+    return record, RunDir(path)
 
 
 def run_of(out: Path, facts: dict[str, Any]) -> RunDir:

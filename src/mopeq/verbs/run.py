@@ -14,17 +14,22 @@ from mopeq.data.encode import encode_prompt, model_inputs
 from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item
 from mopeq.errors import BadInput
+from mopeq.evaluate.generate import refuse_no_numbers
 from mopeq.models import load_model, pick_device
 from mopeq.packed import check_if_sealed
+from mopeq.progress import say
 
 
 def answer(
     out: str | Path, prompt: str, images: Sequence[str | Path] = (), max_new_tokens: int = 128, device: str = "auto"
 ) -> dict[str, Any]:
     """Greedy answer to a prompt, with pictures where the model reads them; a base model without a chat template
-    continues the text. float32 on CPU, bf16 on cuda. BadInput for an unreadable picture."""
+    continues the text. float32 on CPU, bf16 on cuda. BadInput for an unreadable picture, MopeqError where the logits
+    are not numbers."""
     folder, _ = find_folder(out)
     check_if_sealed(folder)
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{out} has no config.json: it is no checkpoint", "give a folder made by `mopeq quantize`")
     processor = load_processor(folder)
     for image in images:
         if not Path(image).is_file():
@@ -41,9 +46,14 @@ def answer(
     started = time.monotonic()
     with torch.inference_mode():
         ids = model.generate(
-            **{k: v.to(chosen) for k, v in inputs.items()}, max_new_tokens=max_new_tokens, do_sample=False
+            **{k: v.to(chosen) for k, v in inputs.items()},
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=[refuse_no_numbers],
         )
     seconds = time.monotonic() - started
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = tokenizer_of(processor).decode(new, skip_special_tokens=True)
+    if not text.strip():
+        say("the model ended its answer before the first word")
     return {"answer": text.strip(), "new_tokens": len(new), "seconds": round(seconds, 3)}
