@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from mopeq.plugins.experts import untouched
 from mopeq.verbs.bench import routings, shape_of, time_calls, whole_numbers
 from mopeq.verbs.layers import Shape, bytes_touched, random_experts
 
@@ -146,6 +147,14 @@ class GgmlLayer:
         return float((self(x, index, weight).double() - wanted).norm() / wanted.norm())
 
 
+def as_loaded(layer: Any) -> Any:
+    """The layer's tensors in memory as `fill` gets it."""
+    for name in layer.tier_names():
+        stored = layer._buffers[name]
+        setattr(layer, name, untouched(stored.shape, stored.dtype).copy_(stored))
+    return layer
+
+
 def turn_about(calls: list[list[Any]], seconds: float, clock: Callable[[], float]) -> list[list[float]]:
     """Seconds by `clock` of each call of each list, one of every list in turn."""
     times: list[list[float]] = [[] for _ in calls]
@@ -181,7 +190,7 @@ def main() -> None:
 def compare(lib: Any, shape: Shape, peer: str, threads: int, tokens: int, seconds: float) -> list[float]:
     """MB of each, least and median milliseconds of each, ratios of both, GB/s of reading measured beside."""
     kind, bits = PEERS[peer]
-    ours, theirs = random_experts(shape, bits), GgmlLayer(lib, kind, shape, tokens, threads)
+    ours, theirs = as_loaded(random_experts(shape, bits)), GgmlLayer(lib, kind, shape, tokens, threads)
     routed = routings(shape, tokens, "cpu")
     x = torch.randn(tokens, shape.hidden, generator=torch.Generator().manual_seed(1))
     block = torch.ones(1 << 26, dtype=torch.int64)

@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from test_kernels import CASES, MODULES, distance, pack_module, routing, written_out
 
-from mopeq.kernels import build, choose, cpu
+from mopeq.kernels import build, choose, cpu, ref
 from mopeq.nouns import Format
+from mopeq.tensors import pack_bits, unpack_bits
 from mopeq.verbs.layers import Shape, random_experts, random_routing
 
 needs_library = pytest.mark.skipif(build.library()[0] is None, reason=f"no CPU kernel: {build.library()[1]}")
@@ -53,6 +55,97 @@ def test_agrees_with_the_reference(kind: str, case: str) -> None:
     found = cpu.experts_forward(packed, x.float(), index, weight.float()).detach()
     assert found.dtype == torch.float32 and found.shape == x.shape and bool(torch.isfinite(found).all())
     assert distance(found, wanted) < 1e-5
+    assert cpu.layer_of(packed).whole == (kind == "olmoe")  # the others' gates, biases and norms are torch's
+
+
+def whole_layer(layer: Any, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, level: int) -> torch.Tensor:
+    """The layer's output by one call, twice, in memory full of NaN."""
+    assert cpu.layer_of(layer).whole
+    found = []
+    for _ in range(2):
+        found.append(torch.empty(len(x), layer.shapes["down"][0]))
+        cpu.call(layer, ["gate", "up", "down"], x, index, weight, found[-1:], level)
+        cpu._rooms.room.fill_(255)
+    assert torch.equal(*found)
+    return found[0]
+
+
+SHAPES_OF_LAYERS = [  # hidden, inner, group
+    (112, 37, 16), (100, 64, 32), (36, 129, 64), (65, 63, 48), (520, 200, 128), (640, 320, 80), (7, 1, 64),
+    (1100, 128, 1024), (256, 192, 64),
+]  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("at", range(len(SHAPES_OF_LAYERS)))
+def test_a_whole_layer_in_one_call(at: int, level: int) -> None:
+    """Every width beside every other, tokens that share experts, choices twice or of experts that are elsewhere."""
+    hidden, inner, group = SHAPES_OF_LAYERS[at]
+    for tokens in (0, 1, 2, 3, 20):
+        for scheme in "as":
+            shape = Shape(hidden, inner, 9, 3)
+            layer = random_experts(shape, tuple(range(1, 9)), group=group, seed=at + tokens, scheme=scheme)
+            x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(at))
+            index, weight = random_routing(shape, tokens, at)
+            if tokens > 2:
+                index[1, 1], index[0, 2], index[2, 0] = index[1, 0], -1, 9
+            wanted = ref.experts_forward(layer, x.double(), index, weight.double())
+            found = whole_layer(layer, x, index, weight, level)
+            assert distance(found, wanted) < 1e-5, (tokens, scheme)
+
+
+@needs_library
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("times", [1e2, 1e3, 1e5])
+def test_one_loud_input_does_not_drown_its_neighbours(times: float, level: int) -> None:
+    """An input channel whose weights are 0, as of outliers that the model does not listen to."""
+    layer = random_experts(Shape(200, 96, 4, 2), (3, 4))
+    for p in ("gate", "up"):
+        for tier in layer.tiers(p):
+            assert tier.zeros is not None
+            codes = unpack_bits(tier.codes, tier.format.bits, 200)
+            codes[:, :, 5] = unpack_bits(tier.zeros, tier.format.bits, 96)[:, 0]
+            tier.codes.copy_(pack_bits(codes, tier.format.bits))
+    x = torch.randn(6, 200, generator=torch.Generator().manual_seed(1))
+    x[:, 5] *= times
+    index, weight = random_routing(Shape(200, 96, 4, 2), 6, 0)
+    wanted = ref.experts_forward(layer, x.double(), index, weight.double())
+    found = whole_layer(layer, x, index, weight, level)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@needs_library
+def test_a_copy_has_tables_of_its_own() -> None:
+    layer = random_experts(Shape(128, 64, 4, 2), (3,))
+    x, (index, weight) = torch.randn(2, 128), random_routing(Shape(128, 64, 4, 2), 2, 0)
+    before = cpu.experts_forward(layer, x, index, weight)
+    copied = deepcopy(layer)
+    for tier in copied.tiers("down"):
+        tier.scale_bits.zero_()
+    assert bool((cpu.experts_forward(copied, x, index, weight) == 0).all())
+    layer.down_3g64a_scales = torch.zeros_like(
+        layer.get_buffer("down_3g64a_scales")
+    )  # other memory under the same name
+    assert bool(before.any()) and bool((cpu.experts_forward(layer, x, index, weight) == 0).all())
+
+
+@needs_library
+def test_calls_from_several_threads_do_not_meet() -> None:
+    shape = Shape(512, 256, 8, 2)
+    layer = random_experts(shape, (2, 3, 4))
+    x, (index, weight) = torch.randn(8, 512), random_routing(shape, 8, 0)
+    wanted = [cpu.experts_forward(layer, x[t : t + 1], index[t : t + 1], weight[t : t + 1]) for t in range(8)]
+
+    def call(t: int) -> bool:
+        with torch.inference_mode():
+            return all(
+                torch.equal(cpu.experts_forward(layer, x[t : t + 1], index[t : t + 1], weight[t : t + 1]), wanted[t])
+                for _ in range(50)
+            )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(8)))
 
 
 @needs_library
@@ -64,19 +157,19 @@ def test_every_width_group_and_odd_shape(bits: int, level: int) -> None:
         for tokens in (1, 2, 3, 9):
             layer = random_experts(Shape(hidden, 37, 3, 2), (bits,), group=group, seed=at, scheme="as"[tokens % 2])
             x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(at))
-            spans = [(2, 0, tokens)]
-            y = cpu.rows(layer, ["up"], x, np.arange(tokens), spans, level)["up"]
+            y = cpu.project(layer, ["up"], x, torch.full((tokens, 1), 2), level)["up"]
             wanted = x.double() @ layer.qweight(2, "up").dequantize(torch.float64).T
             assert float((y - wanted).norm() / wanted.norm()) < 2e-6, (hidden, group, tokens)
 
 
 @needs_library
+@pytest.mark.parametrize("kind", ["gpt_oss", "olmoe"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_activations(dtype: torch.dtype) -> None:
-    packed, truth = pack_module("gpt_oss", 3, PALETTE)
+def test_half_precision_activations(dtype: torch.dtype, kind: str) -> None:
+    packed, truth = pack_module(kind, 3, PALETTE)
     x, index, weight = routing("many", seed=3)
     x = (x * 0.5).to(dtype)
-    wanted = written_out("gpt_oss", truth, x, index, weight)
+    wanted = written_out(kind, truth, x, index, weight)
     found = cpu.experts_forward(packed.to(dtype), x, index, weight.float())
     assert found.dtype == dtype and distance(found, wanted) < (4e-3 if dtype == torch.float16 else 3e-2)
 
@@ -119,13 +212,13 @@ def test_auto_takes_it_for_few_tokens_only() -> None:
 
 
 FORK = """
-import os, numpy as np, torch
+import os, torch
 from mopeq.kernels import cpu
 from mopeq.verbs.layers import Shape, random_experts
 torch.set_num_threads(3)
 layer, x = random_experts(Shape(256, 512, 4, 2), (3,)), torch.ones(1, 256)
 def call():
-    return cpu.rows(layer, ["gate", "up"], x, np.arange(1), [(1, 0, 1)])["up"].numpy()
+    return cpu.project(layer, ["gate", "up"], x, torch.tensor([[1]]))["up"].numpy()
 before = call()
 child = os.fork()
 if child == 0:

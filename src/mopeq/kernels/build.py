@@ -87,9 +87,9 @@ def declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the types of its functions, as cpu.c has them; addresses are plain integers."""
     address, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     lib.mopeq_level.restype = count
-    lib.mopeq_scratch.argtypes, lib.mopeq_scratch.restype = (address, count, size), size
-    lib.mopeq_rows.argtypes = (address, size, size, address, address, count, count, count, address, size)
-    lib.mopeq_rows.restype = None
+    numbers, arrays = (size, size, size), (address, address, address)
+    lib.mopeq_experts.argtypes = (*arrays, *numbers, address, size, address, size, *arrays, count, count, address, size)
+    lib.mopeq_experts.restype = size
     return lib
 
 

@@ -1,83 +1,134 @@
-/* Rows of packed matrices times a few activations, on a CPU. Built at first use by kernels/cpu.py; plain C, POSIX threads.
+/* A layer's packed experts on a few tokens, on a CPU. Built at first use by kernels/cpu.py; plain C, POSIX threads.
 
    A row's codes are one little-endian bit stream (docs/format.md), read as stored: nothing is re-arranged or copied.
    Activations become 22-bit integers with one float scale for each 64 of them (rounded to 2^-22 of the block's
-   largest, so results are float32's), so code * activation is exact integer arithmetic and the unpacking ends in byte or word dot products:
+   largest, so results are float32's), so code * activation is exact integer arithmetic and the unpacking ends in byte
+   or word dot products:
 
-     AVX-512 (VBMI, VNNI)  64 codes: one byte permute, one multishift, one mask, two dot products, at any width 1..8
+     AVX-512 (VBMI, VNNI)  128 codes of up to 4 bits: one byte permute, one multishift, one shift, two masks, six dot
+                           products; twice the unpacking above
      AVX2                  16 codes: one byte shuffle, multiply as variable shift, one mask, one multiply-add
      plain C               whatever the compiler makes of it
 
    sum_k (code - zero) * scale * x  =  sum_groups scale * (sum code * x  -  zero * sum x). */
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
-#include <sched.h>
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #define X86 1
+#define TARGET_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,f16c,fma,avx2")))
+#define TARGET_AVX2 __attribute__((target("avx2,f16c,fma")))
 #else
 #define X86 0
 #endif
+#define INLINE static inline __attribute__((always_inline)) /* into its callers for one instruction set each */
 
-enum { MOST = 127 * 128 * 128, /* of a quantized activation: four times a code of 8 bits fits 31 bits */
-       BLOCK = 64, UNIT = 16, ROWS = 32, MAX_THREADS = 256 };
+enum { MOST = 127 * 128 * 128, /* of a quantized activation: eight times a code of 7 bits fits 31 bits */
+       BLOCK = 64, STEP = 128, UNIT = 16, ROWS = 64, MAX_THREADS = 256,
+       APART = 128, /* where half of a block is smaller than its largest by this factor, 22 bits are too few */
+       NEAR = 512, FAR = 8192 /* bytes of codes that are asked for ahead, into the first and the second cache */ };
 
-/* One matrix and the m activations it is multiplied with: y[r, n] for r < m, n < out. */
+/* One matrix [out, in] as it is stored. */
 typedef struct {
     const uint8_t *codes;   /* [out, row_bytes] */
     const uint16_t *scales; /* fp16 [out, groups] */
     const uint8_t *zeros;   /* [groups, ceil(out * bits / 8)], or NULL: 2^(bits-1) everywhere */
-    const int32_t *rows;    /* [m]: which activation */
-    float *y;               /* [m, out] */
-    int32_t m, bits, group, out, in, pad;
-} Job;
+    int32_t bits, group;
+} Matrix;
 
-/* Activations after `quantize`: stride = in rounded up to BLOCK. */
+/* Quantized rows; stride is `in` rounded up to STEP. x = scale * ((high * 128 + mid) * 128 + low), mid and low from -64
+   to 63. */
 typedef struct {
-    int8_t *high; /* [rows, stride]  x / scale = (high * 128 + mid) * 128 + low, each from -64 to 63 but for high */
-    int8_t *mid;
-    int8_t *low;
-    int16_t *words; /* high * 128 + mid */
-    float *scale; /* [rows, stride / BLOCK] */
-    float *sums;  /* [rows, stride / UNIT]  sums of scale * words */
+    int8_t *parts;     /* [rows, 3 * stride]; AVX-512: for each step, high, mid, low as `place` has it; else the
+                          words high * 128 + mid as int16, then low */
+    float *scale;      /* [rows, stride / BLOCK] */
+    float *block_sums; /* [rows, stride / BLOCK]  sums of the quantized x */
+    float *unit_sums;  /* [rows, stride / UNIT] */
+    uint8_t *apart;    /* [rows, stride / BLOCK]  whether a block is 0 in all these, for `apart` to add */
     int64_t stride;
 } Activations;
 
-static void quantize_row(const float *x, int64_t in, const Activations *a, int64_t row) {
-    int16_t *words = a->words + row * a->stride;
-    int8_t *high = a->high + row * a->stride, *mid = a->mid + row * a->stride, *low = a->low + row * a->stride;
-    for (int64_t at = 0; at < a->stride; at += BLOCK) {
-        float top = 0;
-        for (int64_t k = at; k < at + BLOCK && k < in; k++) {
-            float v = x[k] < 0 ? -x[k] : x[k];
-            top = v > top ? v : top;
+/* AVX-512 wants a step's two blocks in turn, 4 bytes each, so that two scales broadcast as one 64-bit word meet their
+   own: of each 8 values those at even places in one vector, those at odd places in a second, since a shifted byte of
+   codes of up to 4 bits holds two neighbours. */
+INLINE void place(const int8_t *from, int8_t *to, int64_t second_block) {
+    for (int q = 0; q < 8; q++)
+        for (int odd = 0; odd < 2; odd++) {
+            uint64_t v;
+            memcpy(&v, from + 8 * q, 8);
+            v = v >> 8 * odd & 0x00FF00FF00FF00FF;
+            v = (v | v >> 8) & 0x0000FFFF0000FFFF;
+            uint32_t four = (uint32_t)(v | v >> 16);
+            memcpy(to + 64 * odd + 8 * q + 4 * second_block, &four, 4);
         }
-        float scale = top / MOST, inverse = scale > 0 ? 1 / scale : 0;
-        if (!(inverse < 3e38f)) scale = inverse = 0; /* a block of denormals counts as zeros */
-        int sane = top < 3e38f;
-        for (int64_t k = at; k < at + BLOCK; k++) {
-            float v = k < in ? x[k] : 0;
-            sane &= v == v;
-            float scaled = v * inverse;
-            int q = sane ? (int)(scaled + (scaled < 0 ? -0.5f : 0.5f)) : 0;
-            int lo = ((q + 64) & 127) - 64, word = (q - lo) / 128, middle = ((word + 64) & 127) - 64;
-            words[k] = (int16_t)word, low[k] = (int8_t)lo, mid[k] = (int8_t)middle;
-            high[k] = (int8_t)((word - middle) / 128);
-        }
-        if (!sane) scale = 0.0f / 0.0f; /* infinite and NaN activations give NaN, as any product would */
-        a->scale[row * (a->stride / BLOCK) + at / BLOCK] = scale;
-        for (int u = 0; u < BLOCK / UNIT; u++) {
-            int sum = 0;
-            for (int k = at + u * UNIT; k < at + (u + 1) * UNIT; k++) sum += words[k] * 128 + low[k];
-            a->sums[row * (a->stride / UNIT) + at / UNIT + u] = scale * (float)sum;
-        }
-    }
 }
 
-static float half_to_float(uint16_t h) {
+/* n values (and zeros up to BLOCK) as block `block` of row `row`. */
+INLINE void quantize_block(int level, const float *x, int64_t n, const Activations *a, int64_t row, int64_t block) {
+    float v[BLOCK], top;
+    int32_t q[BLOCK], most = 0, sums[BLOCK / UNIT];
+    int8_t high[BLOCK], mid[BLOCK], low[BLOCK];
+    int16_t words[BLOCK];
+    for (int k = 0; k < BLOCK; k++) v[k] = k < n ? x[k] : 0;
+    memcpy(q, v, sizeof q);
+    for (int k = 0; k < BLOCK; k++) most = (q[k] & 0x7FFFFFFF) > most ? q[k] & 0x7FFFFFFF : most;
+    memcpy(&top, &most, 4);
+    float least = top / APART;
+    int32_t fewest, sane = top < 3e38f, small = 0;
+    memcpy(&fewest, &least, 4); /* of floats without a sign, the bits are in the same order */
+    for (int k = 0; k < BLOCK; k++) small += (q[k] & 0x7FFFFFFF) > 0 && (q[k] & 0x7FFFFFFF) < fewest;
+    int apart = sane && small >= BLOCK / 2;
+    a->apart[row * (a->stride / BLOCK) + block] = (uint8_t)apart;
+    if (apart) memset(v, 0, sizeof v), top = 0;
+    float scale = top / MOST, inverse = scale > 0 ? 1 / scale : 0;
+    if (!sane || !(inverse < 3e38f)) scale = inverse = 0; /* a block of denormals counts as zeros */
+    for (int k = 0; k < BLOCK; k++) {
+        float scaled = sane ? v[k] * inverse : 0;
+        q[k] = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+        int32_t lo = ((q[k] + 64) & 127) - 64, word = (q[k] - lo) >> 7, middle = ((word + 64) & 127) - 64;
+        words[k] = (int16_t)word, low[k] = (int8_t)lo, mid[k] = (int8_t)middle;
+        high[k] = (int8_t)((word - middle) >> 7);
+    }
+    if (!sane) scale = 0.0f / 0.0f; /* infinite and NaN activations give NaN, as any product would */
+    int8_t *to = a->parts + row * 3 * a->stride;
+    if (level == 2) {
+        to += block / 2 * 3 * STEP;
+        place(high, to, block % 2), place(mid, to + STEP, block % 2), place(low, to + 2 * STEP, block % 2);
+    } else {
+        memcpy(to + 2 * block * BLOCK, words, sizeof words);
+        memcpy(to + 2 * a->stride + block * BLOCK, low, sizeof low);
+    }
+    int32_t sum = 0;
+    for (int u = 0; u < BLOCK / UNIT; u++) {
+        sums[u] = 0;
+        for (int k = 0; k < UNIT; k++) sums[u] += q[u * UNIT + k];
+        a->unit_sums[row * (a->stride / UNIT) + block * (BLOCK / UNIT) + u] = scale * (float)sums[u];
+        sum += sums[u];
+    }
+    a->scale[row * (a->stride / BLOCK) + block] = scale;
+    a->block_sums[row * (a->stride / BLOCK) + block] = scale * (float)sum;
+}
+
+/* x / (1 + exp(-x)), to float32's rounding; written so that compilers use vectors. */
+INLINE float silu(float x) {
+    float y = -x > 88 ? 88 : -x < -87 ? -87 : -x;
+    float n = y * 1.44269504f + 12582912.0f; /* its low bits are the nearest integer */
+    int32_t bits;
+    memcpy(&bits, &n, 4);
+    n -= 12582912.0f;
+    float r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+               1.6666665459e-1f) * r + 5.0000001201e-1f;
+    bits = (int32_t)(((uint32_t)bits << 23) + (127u << 23));
+    memcpy(&n, &bits, 4);
+    return x / (1 + (p * r * r + r + 1) * n);
+}
+
+INLINE float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
     if (exponent == 0) {
         float v = (float)mantissa * 5.9604644775390625e-8f; /* 2^-24 */
@@ -90,14 +141,20 @@ static float half_to_float(uint16_t h) {
 }
 
 /* What of `bytes` after p may be read as one 64-bit word: short reads are filled with zeros. */
-static inline __attribute__((always_inline)) uint64_t read_bytes(const uint8_t *p, int64_t bytes) {
+INLINE uint64_t read_bytes(const uint8_t *p, int64_t bytes) {
     uint64_t v = 0;
-    memcpy(&v, p, bytes < 8 ? (bytes < 0 ? 0 : bytes) : 8);
+    if (bytes >= 8)
+        memcpy(&v, p, 8);
+    else
+        memcpy(&v, p, bytes < 0 ? 0 : bytes);
     return v;
 }
 
-/* One row of codes times m activations: sums of scales * (code . words). `scales` [m, steps] has the weights' scale times
-   the activations', for each block if `uniform`, else for each unit. So have the other dot_… below. */
+/* ------------------------------------------------------------- one row of codes, times m activations
+
+   `out` [m] = sums of scales * (code . x). `scales` [m, n]: the weights' scale times the activations', for each block
+   if `uniform`, else for each unit. `rows` says which activations. */
+
 static void dot_plain(const uint8_t *codes, int64_t row_bytes, int bits, const float *scales, const Activations *a,
                       const int32_t *rows, int m, float *out, int uniform) {
     int mask = (1 << bits) - 1;
@@ -111,8 +168,8 @@ static void dot_plain(const uint8_t *codes, int64_t row_bytes, int bits, const f
             for (int j = 0; j < 8; j++) c[8 * half + j] = (int16_t)((v >> (j * bits)) & mask);
         }
         for (int r = 0; r < m; r++) {
-            const int16_t *x = a->words + rows[r] * a->stride + at;
-            const int8_t *low = a->low + rows[r] * a->stride + at;
+            const int16_t *x = (const int16_t *)(a->parts + rows[r] * 3 * a->stride) + at;
+            const int8_t *low = a->parts + (rows[r] * 3 + 2) * a->stride + at;
             int32_t sum = 0, rest = 0;
             for (int k = 0; k < UNIT; k++) sum += (int32_t)c[k] * x[k], rest += (int32_t)c[k] * low[k];
             out[r] += ((float)sum * 128 + (float)rest) * scales[r * steps + (uniform ? at / BLOCK : at / UNIT)];
@@ -121,106 +178,6 @@ static void dot_plain(const uint8_t *codes, int64_t row_bytes, int bits, const f
 }
 
 #if X86
-#define TARGET_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni,f16c,fma,avx2")))
-#define TARGET_AVX2 __attribute__((target("avx2,f16c,fma")))
-
-static uint8_t spread[9][64], shifts[9][64]; /* by width: where a byte of 8 codes comes from; where a code begins */
-
-__attribute__((constructor)) static void make_tables(void) {
-    for (int bits = 1; bits <= 8; bits++)
-        for (int i = 0; i < 64; i++) {
-            int byte = i % 8;
-            spread[bits][i] = (uint8_t)(i / 8 * bits + (byte < bits ? byte : 0));
-            shifts[bits][i] = (uint8_t)(byte * bits);
-        }
-}
-
-/* 64 codes at p, of which only those under `there` are read, times MS activations. */
-#define STEP_512(MS, BITS, P, THERE)                                                                                  \
-    do {                                                                                                              \
-        __m512i v = _mm512_permutexvar_epi8(spread_v, _mm512_maskz_loadu_epi8(THERE, P));                             \
-        v = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift_v, v), mask_v);                                       \
-        for (int r = 0; r < MS; r++) {                                                                                \
-            __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), v, _mm512_loadu_si512(high[r] + b * BLOCK));    \
-            dot = _mm512_dpbusd_epi32(_mm512_slli_epi32(dot, 7), v, _mm512_loadu_si512(mid[r] + b * BLOCK));          \
-            dot = _mm512_dpbusd_epi32(_mm512_slli_epi32(dot, 7), v, _mm512_loadu_si512(low[r] + b * BLOCK));          \
-            __m512 s = uniform ? _mm512_set1_ps(scales[r * steps + b])                                                \
-                               : _mm512_permutexvar_ps(                                                               \
-                                     lanes, _mm512_castps128_ps512(_mm_loadu_ps(scales + r * steps + b * 4)));        \
-            sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), s, sum[r]);                                             \
-        }                                                                                                             \
-    } while (0)
-
-/* MS activations at once. */
-#define DOT_512(MS, BITS)                                                                                             \
-    TARGET_512 static void dot_512_##MS##_##BITS(const uint8_t *codes, int64_t row_bytes, const float *scales,        \
-                                                 const Activations *a, const int32_t *rows, float *out, int uniform) {\
-        const __m512i spread_v = _mm512_loadu_si512(spread[BITS]), shift_v = _mm512_loadu_si512(shifts[BITS]);        \
-        const __m512i mask_v = _mm512_set1_epi8((char)((1 << BITS) - 1));                                             \
-        const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);                      \
-        const __mmask64 whole = BITS == 8 ? ~0ull : (1ull << (8 * BITS % 64)) - 1;                                    \
-        int64_t last = a->stride / BLOCK - 1, steps = a->stride / (uniform ? BLOCK : UNIT), b = 0;                    \
-        const int8_t *high[MS], *mid[MS], *low[MS];                                                                   \
-        __m512 sum[MS];                                                                                               \
-        for (int r = 0; r < MS; r++) {                                                                                \
-            high[r] = a->high + rows[r] * a->stride, mid[r] = a->mid + rows[r] * a->stride;                           \
-            low[r] = a->low + rows[r] * a->stride;                                                                    \
-            sum[r] = _mm512_setzero_ps();                                                                             \
-        }                                                                                                             \
-        for (; b < last; b++) {                                                                                       \
-            _mm_prefetch((const char *)(codes + b * 8 * BITS + 2048), _MM_HINT_T0);                                   \
-            STEP_512(MS, BITS, codes + b * 8 * BITS, whole);                                                          \
-        }                                                                                                             \
-        __mmask64 there = row_bytes - b * 8 * BITS >= 64 ? whole : (1ull << (row_bytes - b * 8 * BITS)) - 1;          \
-        STEP_512(MS, BITS, codes + b * 8 * BITS, there);                                                              \
-        for (int r = 0; r < MS; r++) out[r] = _mm512_reduce_add_ps(sum[r]);                                           \
-    }
-/* Two rows of codes, `row_bytes` apart, times one activation: its loads are shared. `scales` [2, steps]. */
-#define STEP_512_PAIR(BITS, THERE)                                                                                    \
-    do {                                                                                                              \
-        __m512i hi = _mm512_loadu_si512(high + b * BLOCK), middle = _mm512_loadu_si512(mid + b * BLOCK);              \
-        __m512i lo = _mm512_loadu_si512(low + b * BLOCK);                                                             \
-        for (int r = 0; r < 2; r++) {                                                                                 \
-            const uint8_t *p = codes + r * row_bytes + b * 8 * BITS;                                                  \
-            _mm_prefetch((const char *)(p + 2048), _MM_HINT_T0);                                                      \
-            __m512i v = _mm512_permutexvar_epi8(spread_v, _mm512_maskz_loadu_epi8(THERE, p));                         \
-            v = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift_v, v), mask_v);                                   \
-            __m512i dot = _mm512_slli_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), v, hi), 7);                   \
-            dot = _mm512_slli_epi32(_mm512_dpbusd_epi32(dot, v, middle), 7);                                          \
-            dot = _mm512_dpbusd_epi32(dot, v, lo);                                                                    \
-            sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scales[r * steps + b]), sum[r]);         \
-        }                                                                                                             \
-    } while (0)
-
-#define PAIR_512(BITS)                                                                                                \
-    TARGET_512 static void pair_512_##BITS(const uint8_t *codes, int64_t row_bytes, const float *scales,              \
-                                           const Activations *a, int32_t row, float *out) {                           \
-        const __m512i spread_v = _mm512_loadu_si512(spread[BITS]), shift_v = _mm512_loadu_si512(shifts[BITS]);        \
-        const __m512i mask_v = _mm512_set1_epi8((char)((1 << BITS) - 1));                                             \
-        const __mmask64 whole = BITS == 8 ? ~0ull : (1ull << (8 * BITS % 64)) - 1;                                    \
-        int64_t steps = a->stride / BLOCK, last = steps - 1, b = 0;                                                   \
-        const int8_t *high = a->high + row * a->stride, *mid = a->mid + row * a->stride;                              \
-        const int8_t *low = a->low + row * a->stride;                                                                 \
-        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};                                                   \
-        for (; b < last; b++) STEP_512_PAIR(BITS, whole);                                                             \
-        __mmask64 there = row_bytes - b * 8 * BITS >= 64 ? whole : (1ull << (row_bytes - b * 8 * BITS)) - 1;          \
-        STEP_512_PAIR(BITS, there);                                                                                   \
-        out[0] = _mm512_reduce_add_ps(sum[0]), out[1] = _mm512_reduce_add_ps(sum[1]);                                 \
-    }
-PAIR_512(1) PAIR_512(2) PAIR_512(3) PAIR_512(4) PAIR_512(5) PAIR_512(6) PAIR_512(7) PAIR_512(8)
-typedef void Pair512(const uint8_t *, int64_t, const float *, const Activations *, int32_t, float *);
-static Pair512 *const PAIRS_512[8] = {pair_512_1, pair_512_2, pair_512_3, pair_512_4,
-                                      pair_512_5, pair_512_6, pair_512_7, pair_512_8};
-
-#define DOT_512_ALL(BITS) DOT_512(1, BITS) DOT_512(2, BITS) DOT_512(4, BITS)
-DOT_512_ALL(1) DOT_512_ALL(2) DOT_512_ALL(3) DOT_512_ALL(4) DOT_512_ALL(5) DOT_512_ALL(6) DOT_512_ALL(7) DOT_512_ALL(8)
-
-typedef void Dot512(const uint8_t *, int64_t, const float *, const Activations *, const int32_t *, float *, int);
-#define ROW_512(MS)                                                                                                   \
-    {dot_512_##MS##_1, dot_512_##MS##_2, dot_512_##MS##_3, dot_512_##MS##_4,                                          \
-     dot_512_##MS##_5, dot_512_##MS##_6, dot_512_##MS##_7, dot_512_##MS##_8}
-static Dot512 *const DOTS_512[3][8] = {ROW_512(1), ROW_512(2), ROW_512(4)};
-
 TARGET_AVX2 static void dot_avx2(const uint8_t *codes, int64_t row_bytes, int bits, const float *scales,
                                  const Activations *a, const int32_t *rows, int m, float *out, int uniform) {
     uint8_t pick[32];
@@ -240,19 +197,14 @@ TARGET_AVX2 static void dot_avx2(const uint8_t *codes, int64_t row_bytes, int bi
         for (int64_t at = 0; at < a->stride; at += UNIT) {
             const uint8_t *p = codes + at * bits / 8;
             int64_t left = row_bytes - at * bits / 8;
-            uint64_t first, second;
-            if (left >= bits + 8) {
-                memcpy(&first, p, 8), memcpy(&second, p + bits, 8);
-            } else {
-                first = read_bytes(p, left), second = read_bytes(p + bits, left - bits);
-            }
+            uint64_t first = read_bytes(p, left), second = read_bytes(p + bits, left - bits);
             __m256i v = _mm256_set_epi64x(0, (long long)second, 0, (long long)first);
             v = _mm256_mullo_epi16(_mm256_shuffle_epi8(v, pick_v), factor_v);
             v = _mm256_and_si256(_mm256_srli_epi16(v, 8), mask_v);
             for (int r = 0; r < ms; r++) {
-                int64_t row = rows[r0 + r];
-                __m256i x = _mm256_loadu_si256((const __m256i *)(a->words + row * a->stride + at));
-                __m256i rest = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(a->low + row * a->stride + at)));
+                const int8_t *parts = a->parts + rows[r0 + r] * 3 * a->stride;
+                __m256i x = _mm256_loadu_si256((const __m256i *)(parts + 2 * at));
+                __m256i rest = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(parts + 2 * a->stride + at)));
                 __m256i whole = _mm256_slli_epi32(_mm256_madd_epi16(v, x), 7);
                 __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(whole, _mm256_madd_epi16(v, rest)));
                 float s = scales[(r0 + r) * steps + (uniform ? at / BLOCK : at / UNIT)];
@@ -264,6 +216,185 @@ TARGET_AVX2 static void dot_avx2(const uint8_t *codes, int64_t row_bytes, int bi
             h = _mm_add_ps(h, _mm_movehl_ps(h, h));
             out[r0 + r] = _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
         }
+    }
+}
+
+/* Constants by width: which bytes a permute brings together and at which bit of its 64-bit word each wanted byte then
+   begins, for a step, and for 64 codes in their own order; the places of even and odd codes of two vectors; an 8 x 8
+   matrix of bytes transposed. */
+static uint8_t spread[9][64], shifts[9][64], eights[9][64], in_bits[9][64], places[2][64], transposed[64];
+
+__attribute__((constructor)) static void make_tables(void) {
+    for (int i = 0; i < 64; i++) {
+        int q = i / 8, block = i / 4 % 2, j = i % 4, byte = i % 8;
+        for (int bits = 1; bits <= 8; bits++) {
+            eights[bits][i] = (uint8_t)(q * bits + (byte < bits ? byte : 0)), in_bits[bits][i] = (uint8_t)(byte * bits);
+            if (bits > 4) { /* a word of 8 codes */
+                spread[bits][i] = eights[bits][i], shifts[bits][i] = in_bits[bits][i];
+            } else { /* a word of 8 codes of each block; each byte wanted is two codes */
+                spread[bits][i] = (uint8_t)(block * 8 * bits + q * bits + (j < bits ? j : 0));
+                shifts[bits][i] = (uint8_t)(32 * block + j * 2 * bits);
+            }
+        }
+        for (int odd = 0; odd < 2; odd++) places[odd][i] = (uint8_t)(block * 64 + 8 * q + 2 * j + odd);
+        transposed[i] = (uint8_t)(i % 8 * 8 + i / 8);
+    }
+}
+
+/* 64 bytes from p, or as many of them as lie before `end`; of `most` at most. */
+INLINE TARGET_512 __m512i load_512(const uint8_t *p, const uint8_t *end, int most, int inside) {
+    if (inside) {
+        if (most <= 16) return _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
+        if (most <= 32) return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+        return _mm512_loadu_si512(p);
+    }
+    int64_t there = end - p < 0 ? 0 : end - p < most ? end - p : most;
+    return _mm512_maskz_loadu_epi8(there == 64 ? ~0ull : (1ull << there) - 1, p);
+}
+
+/* One step of `nr` rows of codes times `ms` activations: see dot_512. */
+INLINE TARGET_512 void step_512(int bits, int nr, int ms, int inside, const uint8_t *codes, int64_t row_bytes,
+                                int64_t s, const int8_t *const *x, const float *scales, int64_t per_row, int uniform,
+                                __m512 *sum) {
+    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+    const __m512i bytes = _mm512_loadu_si512(spread[bits]), shift = _mm512_loadu_si512(shifts[bits]);
+    const __m512i even = _mm512_loadu_si512(places[0]), odd = _mm512_loadu_si512(places[1]);
+    const __m512i lanes = _mm512_setr_epi32(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
+    const int most = bits > 4 ? 8 * bits : 16 * bits;
+    for (int i = 0; i < nr; i++) {
+        const uint8_t *p = codes + i * row_bytes + s * 16 * bits, *end = codes + (i + 1) * row_bytes;
+        _mm_prefetch((const char *)(p + NEAR), _MM_HINT_T0), _mm_prefetch((const char *)(p + FAR), _MM_HINT_T1);
+        if (bits > 4) _mm_prefetch((const char *)(p + FAR + 64), _MM_HINT_T1);
+        __m512i v = _mm512_permutexvar_epi8(bytes, load_512(p, end, most, inside)), first, second;
+        if (bits != 4) v = _mm512_multishift_epi64_epi8(shift, v);
+        if (bits <= 4) {
+            first = _mm512_and_si512(v, mask);
+            second = _mm512_and_si512(_mm512_srli_epi16(v, bits), mask);
+        } else {
+            __m512i w = _mm512_permutexvar_epi8(bytes, load_512(p + 8 * bits, end, most, inside));
+            v = _mm512_and_si512(v, mask), w = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, w), mask);
+            first = _mm512_permutex2var_epi8(v, even, w), second = _mm512_permutex2var_epi8(v, odd, w);
+        }
+        for (int r = 0; r < ms; r++) {
+            const int8_t *of = x[r] + s * 3 * STEP;
+            const float *scale = scales + (i * ms + r) * per_row + s * (uniform ? 2 : 8);
+            __m512 by = uniform ? _mm512_castpd_ps(_mm512_set1_pd(*(const double *)scale))
+                                : _mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(_mm256_loadu_ps(scale)));
+            __m512i dot = _mm512_setzero_si512(), rest = dot;
+            for (int part = 0; part < 3; part++) {
+                if (part) dot = _mm512_slli_epi32(dot, 7);
+                dot = _mm512_dpbusd_epi32(dot, first, _mm512_loadu_si512(of + part * STEP));
+                __m512i low = _mm512_loadu_si512(of + part * STEP + 64);
+                if (bits < 8)
+                    dot = _mm512_dpbusd_epi32(dot, second, low);
+                else /* eight products of 8 bits would not fit */
+                    rest = _mm512_dpbusd_epi32(_mm512_slli_epi32(rest, 7), second, low);
+            }
+            sum[i * ms + r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), by, sum[i * ms + r]);
+            if (bits == 8) sum[i * ms + r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest), by, sum[i * ms + r]);
+        }
+    }
+}
+
+/* `nr` rows of codes times `ms` activations. `scales` [nr, ms, n]; `start` [nr, ms, 16] is what the sums begin with. */
+INLINE TARGET_512 void dot_512(int bits, int nr, int ms, const uint8_t *codes, int64_t row_bytes, const float *scales,
+                               const float *start, const Activations *a, const int32_t *rows, float *out, int uniform) {
+    const int64_t steps = a->stride / STEP, per_row = steps * (uniform ? 2 : 8);
+    const int reads = bits > 4 ? 64 + 8 * bits : bits == 3 ? 64 : 16 * bits; /* of a step that reads whole words */
+    int64_t s = 0, inside = row_bytes < reads ? 0 : (row_bytes - reads) / (16 * bits) + 1;
+    const int8_t *x[4];
+    __m512 sum[4];
+    for (int r = 0; r < ms; r++) x[r] = a->parts + rows[r] * 3 * a->stride;
+    for (int i = 0; i < nr * ms; i++) sum[i] = _mm512_loadu_ps(start + 16 * i);
+    for (; s < inside; s++) step_512(bits, nr, ms, 1, codes, row_bytes, s, x, scales, per_row, uniform, sum);
+    for (; s < steps; s++) step_512(bits, nr, ms, 0, codes, row_bytes, s, x, scales, per_row, uniform, sum);
+    for (int i = 0; i < nr * ms; i++) out[i] = _mm512_reduce_add_ps(sum[i]);
+}
+
+#define DOTS(BITS)                                                                                                    \
+    TARGET_512 static void dot_512_##BITS(int nr, int ms, const uint8_t *codes, int64_t row_bytes,                    \
+                                          const float *scales, const float *start, const Activations *a,             \
+                                          const int32_t *rows, float *out, int uniform) {                             \
+        if (nr == 2)                                                                                                  \
+            dot_512(BITS, 2, 1, codes, row_bytes, scales, start, a, rows, out, 1);                                    \
+        else if (ms == 4)                                                                                             \
+            dot_512(BITS, 1, 4, codes, row_bytes, scales, start, a, rows, out, uniform);                              \
+        else if (ms == 2)                                                                                             \
+            dot_512(BITS, 1, 2, codes, row_bytes, scales, start, a, rows, out, uniform);                              \
+        else                                                                                                          \
+            dot_512(BITS, 1, 1, codes, row_bytes, scales, start, a, rows, out, uniform);                              \
+    }
+DOTS(1) DOTS(2) DOTS(3) DOTS(4) DOTS(5) DOTS(6) DOTS(7) DOTS(8)
+typedef void Dot512(int, int, const uint8_t *, int64_t, const float *, const float *, const Activations *,
+                    const int32_t *, float *, int);
+static Dot512 *const DOTS_512[9] = {0, dot_512_1, dot_512_2, dot_512_3, dot_512_4,
+                                    dot_512_5, dot_512_6, dot_512_7, dot_512_8};
+
+/* Scales of `taken` rows for m activations: to [.., steps] = scales * x's, and start = -sum scales * zeros * x, in 16
+   lanes. A group is `per` steps; lane k of `of_step` [per, 16] says which of 16 groups step k of 16 * per is in. */
+INLINE TARGET_512 void prepare_some(const uint16_t *scales, const uint8_t *zeros, int middle, int taken, int m,
+                                    const Activations *a, const int32_t *rows, const float *sums, int64_t groups,
+                                    int64_t per, int uniform, const int32_t *of_step, float *to, float *start) {
+    const __m512i quarter = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    int64_t blocks = a->stride / BLOCK, steps = uniform ? blocks : a->stride / UNIT;
+    for (int i = 0; i < taken; i++, scales += groups, zeros += 16)
+        for (int r = 0; r < m; r++, to += steps, start += 16) {
+            const float *x_scale = a->scale + rows[r] * blocks, *sum = sums + r * groups;
+            __m512 less = _mm512_setzero_ps();
+            for (int64_t g = 0; g * per < steps; g += 16) {
+                int64_t left = groups - g; /* masked loads and stores are slow on some machines */
+                __mmask16 there = left >= 16 ? 0xFFFF : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
+                __m256i half = left < 16 ? _mm256_maskz_loadu_epi16(there, scales + g)
+                                         : _mm256_loadu_si256((const __m256i *)(scales + g));
+                __m512 x = left < 16 ? _mm512_maskz_loadu_ps(there, sum + g) : _mm512_loadu_ps(sum + g);
+                __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(zeros + g * 8)));
+                __m512 zero = middle ? _mm512_set1_ps((float)middle) : _mm512_cvtepi32_ps(z), s = _mm512_cvtph_ps(half);
+                less = _mm512_fnmadd_ps(_mm512_mul_ps(s, zero), x, less);
+                for (int64_t j = 0, u = g * per; j < per && u < steps; j++, u += 16) {
+                    __m512 by = uniform ? _mm512_loadu_ps(x_scale + u)
+                                        : _mm512_permutexvar_ps(quarter, _mm512_castps128_ps512(
+                                                                             _mm_loadu_ps(x_scale + u / 4)));
+                    if (per > 1)
+                        by = _mm512_mul_ps(by, _mm512_permutexvar_ps(_mm512_loadu_si512(of_step + 16 * j), s));
+                    else
+                        by = _mm512_mul_ps(by, s);
+                    if (steps - u < 16)
+                        _mm512_mask_storeu_ps(to + u, (__mmask16)((1u << (steps - u)) - 1), by);
+                    else
+                        _mm512_storeu_ps(to + u, by);
+                }
+            }
+            _mm512_storeu_ps(start, less);
+        }
+}
+
+TARGET_512 static void prepare_512(const uint16_t *scales, const uint8_t *zeros, int middle, int taken, int m,
+                                   const Activations *a, const int32_t *rows, const float *sums, int64_t groups,
+                                   int64_t per, int uniform, const int32_t *of_step, float *to, float *start) {
+    if (uniform && per == 1) /* the usual case, compiled apart */
+        prepare_some(scales, zeros, middle, taken, m, a, rows, sums, groups, 1, 1, of_step, to, start);
+    else
+        prepare_some(scales, zeros, middle, taken, m, a, rows, sums, groups, per, uniform, of_step, to, start);
+}
+
+/* eight_zeros for AVX-512. */
+TARGET_512 static void zeros_512(const uint8_t *p, int64_t stride, int64_t left, int bits, int64_t groups,
+                                 uint8_t *zeros) {
+    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1)), order = _mm512_loadu_si512(transposed);
+    const __m512i shift = _mm512_loadu_si512(in_bits[bits]);
+    const __m512i upper = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    const __m512i lower = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    for (int64_t g = 0; g < groups; g += 16, zeros += 128) {
+        __m512i v[2];
+        for (int half = 0; half < 2; half++) {
+            v[half] = _mm512_setzero_si512();
+            for (int i = 0; i < 8; i++, p += stride, left -= stride)
+                v[half] = _mm512_mask_set1_epi64(v[half], (__mmask8)(1 << i), (long long)read_bytes(p, left));
+            v[half] = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, v[half]), mask);
+            v[half] = _mm512_permutexvar_epi8(order, v[half]); /* [row][group] */
+        }
+        _mm512_storeu_si512(zeros, _mm512_permutex2var_epi64(v[0], upper, v[1]));
+        _mm512_storeu_si512(zeros + 64, _mm512_permutex2var_epi64(v[0], lower, v[1]));
     }
 }
 #endif
@@ -280,26 +411,6 @@ int mopeq_level(void) {
     return 0;
 }
 
-static void dot_row(int level, const Job *j, const uint8_t *codes, int64_t row_bytes, const float *scales,
-                    const Activations *a, int uniform, float *out) {
-#if X86
-    if (level == 2) {
-        int64_t steps = a->stride / (uniform ? BLOCK : UNIT);
-        for (int r = 0; r < j->m;) {
-            int which = j->m - r >= 4 ? 2 : j->m - r >= 2 ? 1 : 0;
-            DOTS_512[which][j->bits - 1](codes, row_bytes, scales + r * steps, a, j->rows + r, out + r, uniform);
-            r += 1 << which;
-        }
-        return;
-    }
-    if (level == 1) {
-        dot_avx2(codes, row_bytes, j->bits, scales, a, j->rows, j->m, out, uniform);
-        return;
-    }
-#endif
-    dot_plain(codes, row_bytes, j->bits, scales, a, j->rows, j->m, out, uniform);
-}
-
 /* n halves as floats. */
 #if X86
 TARGET_AVX2 static void halves_f16c(const uint16_t *h, float *f, int64_t n) {
@@ -309,7 +420,7 @@ TARGET_AVX2 static void halves_f16c(const uint16_t *h, float *f, int64_t n) {
 }
 #endif
 
-static void halves(int level, const uint16_t *h, float *f, int64_t n) {
+INLINE void halves(int level, const uint16_t *h, float *f, int64_t n) {
 #if X86
     if (level) {
         halves_f16c(h, f, n);
@@ -319,150 +430,291 @@ static void halves(int level, const uint16_t *h, float *f, int64_t n) {
     for (int64_t i = 0; i < n; i++) f[i] = half_to_float(h[i]);
 }
 
-#if X86
-/* `row_zeros` 16 groups at a time, as long as 4 bytes from each zero point can be read; how many groups were done. */
-TARGET_512 static int64_t zeros_512(const uint8_t *p, int64_t zero_bytes, int64_t byte, int shift, int mask,
-                                    int64_t groups, const float *scales, float *zeros) {
-    __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                    _mm512_set1_epi32((int)zero_bytes));
-    int64_t g = 0;
-    for (; g + 16 <= groups && byte + (g + 15) * zero_bytes + 4 <= groups * zero_bytes; g += 16) {
-        __m512i v = _mm512_i32gather_epi32(at, p + g * zero_bytes, 1);
-        v = _mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask));
-        _mm512_storeu_ps(zeros + g, _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_loadu_ps(scales + g)));
-    }
-    return g;
-}
-#endif
-
-/* A row's zero points times its scales, for each group: zeros[g] = scales[g] * zero. */
-static inline __attribute__((always_inline)) void row_zeros(int level, const Job *j, int n, int64_t groups,
-                                                            const float *scales, float *zeros) {
-    if (!j->zeros) {
-        for (int64_t g = 0; g < groups; g++) zeros[g] = (float)(1 << (j->bits - 1)) * scales[g];
-        return;
-    }
-    int64_t zero_bytes = ((int64_t)j->out * j->bits + 7) / 8, bit = (int64_t)n * j->bits, byte = bit / 8, g = 0;
-    int shift = bit % 8, mask = (1 << j->bits) - 1;
-    const uint8_t *p = j->zeros + byte;
-#if X86
-    if (level == 2 && zero_bytes < 1 << 26) g = zeros_512(p, zero_bytes, byte, shift, mask, groups, scales, zeros);
-#endif
-    (void)level;
-    for (; g < groups; g++) {
-        int v = p[g * zero_bytes];
-        if (byte + 1 < zero_bytes) v |= p[g * zero_bytes + 1] << 8; /* else the code lies in the last byte */
-        zeros[g] = (float)(v >> shift & mask) * scales[g];
-    }
-}
-
-/* Rows first … last-1 of one job; scratch as mopeq_scratch says. */
-static inline __attribute__((always_inline)) void some_rows(int level, const Job *j, const Activations *a, int first,
-                                                            int last, float *restrict scratch) {
-    int64_t groups = (j->in + j->group - 1) / j->group, row_bytes = ((int64_t)j->in * j->bits + 7) / 8;
-    int64_t units = a->stride / UNIT, blocks = a->stride / BLOCK;
-    int uniform = j->group % BLOCK == 0, many = level == 2 && uniform && j->m == 1 ? 2 : 1; /* rows at a time */
-    int64_t size = uniform ? BLOCK : UNIT, per = j->group / size, steps = a->stride / size;
-    float *scales = scratch, *zeros = scales + groups, *spread_out = zeros + groups, *out = spread_out + units;
-    float *less = out + 2 * j->m, *sums = less + 2 * j->m; /* less: what the zero points take away */
-    float *both = sums + j->m * groups;                    /* sums [m, groups]: x over each group; both [rows, steps] */
-    for (int r = 0; r < j->m; r++)
-        for (int64_t g = 0, per_sum = j->group / UNIT; g < groups; g++) {
-            float sum = 0;
-            for (int64_t u = g * per_sum; u < (g + 1) * per_sum && u < units; u++) sum += a->sums[j->rows[r] * units + u];
-            sums[r * groups + g] = sum;
-        }
-    for (int n = first; n < last;) {
-        int taken = n + many <= last ? many : 1;
-        for (int i = 0; i < taken; i++) {
-            halves(level, j->scales + (n + i) * groups, scales, groups);
-            row_zeros(level, j, n + i, groups, scales, zeros);
-            const float *of_steps = scales;
-            if (per > 1 || groups < steps) { /* steps beyond the last group meet activations that are 0 */
-                for (int64_t g = 0; g < groups; g++)
-                    for (int64_t u = g * per; u < (g + 1) * per && u < steps; u++) spread_out[u] = scales[g];
-                for (int64_t u = groups * per; u < steps; u++) spread_out[u] = 0;
-                of_steps = spread_out;
-            }
-            for (int r = 0; r < j->m; r++) {
-                const float *x = a->scale + j->rows[r] * blocks;
-                float *restrict to = both + (i * j->m + r) * steps;
-                if (uniform)
-                    for (int64_t b = 0; b < steps; b++) to[b] = of_steps[b] * x[b];
-                else
-                    for (int64_t u = 0; u < steps; u++) to[u] = of_steps[u] * x[u / (BLOCK / UNIT)];
-                float lanes[16] = {0}; /* so that compilers may use vectors */
-                const float *of = sums + r * groups;
-                int64_t g = 0;
-                for (; g + 16 <= groups; g += 16)
-                    for (int k = 0; k < 16; k++) lanes[k] += zeros[g + k] * of[g + k];
-                for (int k = 0; k < 16 && g + k < groups; k++) lanes[k] += zeros[g + k] * of[g + k];
-                for (int half = 8; half; half /= 2)
-                    for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
-                less[i * j->m + r] = lanes[0];
-            }
-        }
-        const uint8_t *codes = j->codes + n * row_bytes;
-#if X86
-        if (taken == 2)
-            PAIRS_512[j->bits - 1](codes, row_bytes, both, a, j->rows[0], out);
-        else
-#endif
-            dot_row(level, j, codes, row_bytes, both, a, uniform, out);
-        for (int i = 0; i < taken; i++, n++)
-            for (int r = 0; r < j->m; r++) j->y[(int64_t)r * j->out + n] = out[i * j->m + r] - less[i * j->m + r];
-    }
-}
-
-#if X86
-TARGET_512 static void some_rows_512(const Job *j, const Activations *a, int first, int last, float *scratch) {
-    some_rows(2, j, a, first, last, scratch);
-}
-TARGET_AVX2 static void some_rows_avx2(const Job *j, const Activations *a, int first, int last, float *scratch) {
-    some_rows(1, j, a, first, last, scratch);
-}
-#endif
-
-static void some_rows_at(int level, const Job *j, const Activations *a, int first, int last, float *scratch) {
+/* The zero points of 8 rows from n on, n a multiple of 8: zeros[g / 16][row][g % 16]. */
+INLINE void eight_zeros(int level, const Matrix *w, int64_t out, int64_t n, int64_t groups, uint8_t *zeros) {
+    int64_t row_bytes = (out * w->bits + 7) / 8, left = groups * row_bytes - n / 8 * w->bits;
+    const uint8_t *p = w->zeros + n / 8 * w->bits;
 #if X86
     if (level == 2) {
-        some_rows_512(j, a, first, last, scratch);
-        return;
-    }
-    if (level == 1) {
-        some_rows_avx2(j, a, first, last, scratch);
+        zeros_512(p, row_bytes, left, w->bits, groups, zeros);
         return;
     }
 #endif
-    some_rows(0, j, a, first, last, scratch);
+    for (int64_t g = 0; g < groups; g++, p += row_bytes, left -= row_bytes) {
+        uint64_t codes = read_bytes(p, left);
+        for (int r = 0; r < 8; r++, codes >>= w->bits)
+            zeros[g / 16 * 128 + r * 16 + g % 16] = (uint8_t)(codes & ((1 << w->bits) - 1));
+    }
+}
+
+INLINE void ask_for(const void *p, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)p + at);
+}
+
+/* Ask for what some_rows reads first of the rows from `first` on: it would wait for memory there. */
+static void look_ahead(const Matrix *w, int64_t in, int64_t out, int64_t first) {
+    int64_t groups = (in + w->group - 1) / w->group, row_bytes = (in * w->bits + 7) / 8;
+    int64_t zero_bytes = (out * w->bits + 7) / 8;
+    for (int64_t g = 0; g < groups && w->zeros; g++) ask_for(w->zeros + g * zero_bytes + first / 8 * w->bits, 1);
+    ask_for(w->scales + first * groups, 16 * groups);
+    for (int64_t at = 0; at < FAR; at += 64) __builtin_prefetch(w->codes + first * row_bytes + at, 0, 2);
+}
+
+#if X86
+/* A block of codes, less the zero point of each 16, times their scale and x [n]. */
+TARGET_512 static float apart_512(const uint8_t *codes, const uint8_t *end, int bits, const int32_t *zeros,
+                                  const float *scales, const float *x, int64_t n) {
+    __m512i v = _mm512_permutexvar_epi8(_mm512_loadu_si512(eights[bits]), load_512(codes, end, 8 * bits, 0));
+    uint8_t c[BLOCK];
+    __m512 sum = _mm512_setzero_ps();
+    v = _mm512_multishift_epi64_epi8(_mm512_loadu_si512(in_bits[bits]), v);
+    _mm512_storeu_si512(c, _mm512_and_si512(v, _mm512_set1_epi8((char)((1 << bits) - 1))));
+    for (int u = 0; u < BLOCK / UNIT && u * UNIT < n; u++) {
+        int64_t left = n - u * UNIT;
+        __m512i of = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(c + u * UNIT)));
+        __m512 w = _mm512_cvtepi32_ps(_mm512_sub_epi32(of, _mm512_set1_epi32(zeros[u])));
+        __mmask16 there = left < 16 ? (__mmask16)((1u << left) - 1) : 0xFFFF;
+        w = _mm512_mul_ps(w, _mm512_set1_ps(scales[u]));
+        sum = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(there, x + u * UNIT), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+#endif
+
+/* A row of w times the blocks of x that are left apart, in floats. */
+INLINE float apart(int level, const Matrix *w, int64_t in, int64_t out, int64_t n, const float *x,
+                   const uint8_t *blocks) {
+    int64_t groups = (in + w->group - 1) / w->group, row_bytes = (in * w->bits + 7) / 8, bit = n * w->bits;
+    int64_t zero_bytes = (out * w->bits + 7) / 8, mask = (1 << w->bits) - 1;
+    const uint8_t *row = w->codes + n * row_bytes;
+    float sum = 0, scales[BLOCK / UNIT];
+    int32_t zeros[BLOCK / UNIT];
+    for (int64_t b = 0; b * BLOCK < in; b++) {
+        if (!blocks[b]) continue;
+        int64_t at = b * BLOCK, end = at + BLOCK < in ? at + BLOCK : in;
+        for (int64_t k = at, u = 0; k < end; k += UNIT, u++) {
+            int64_t g = k / w->group;
+            scales[u] = half_to_float(w->scales[n * groups + g]), zeros[u] = 1 << (w->bits - 1);
+            if (!w->zeros) continue;
+            const uint8_t *p = w->zeros + g * zero_bytes + bit / 8;
+            zeros[u] = (int32_t)(read_bytes(p, zero_bytes - bit / 8) >> bit % 8 & mask);
+        }
+#if X86
+        if (level == 2) {
+            sum += apart_512(row + at * w->bits / 8, row + row_bytes, w->bits, zeros, scales, x + at, end - at);
+            continue;
+        }
+#endif
+        for (int64_t k = at; k < end; k++) {
+            int64_t first = k * w->bits, code = read_bytes(row + first / 8, row_bytes - first / 8) >> first % 8 & mask;
+            sum += scales[(k - at) / UNIT] * (float)(code - zeros[(k - at) / UNIT]) * x[k];
+        }
+    }
+    return sum;
+}
+
+/* Floats of scratch for one product of m activations. */
+static int64_t scratch_floats(int64_t stride, int64_t m) {
+    int64_t units = stride / UNIT + 16, some = m > 8 ? m : 8;
+    return 5 * units + m * units + some * (units + 17);
+}
+
+/* Rows first … last-1 (first a multiple of 8) of one matrix times m activations `rows` of a: y[to[r] * out + n]. */
+INLINE void some_rows(int level, const Matrix *w, int64_t in, int64_t out, int64_t first, int64_t last,
+                      const Activations *a, const float *x, const int32_t *rows, int m, float *y, const int32_t *to,
+                      float *scratch) {
+    int64_t groups = (in + w->group - 1) / w->group, row_bytes = (in * w->bits + 7) / 8;
+    int64_t units = a->stride / UNIT, blocks = a->stride / BLOCK, room = units + 16, some = m > 8 ? m : 8;
+    int uniform = w->group % BLOCK == 0, middle = w->zeros ? 0 : 1 << (w->bits - 1);
+    int64_t steps = uniform ? blocks : units, per = w->group / (uniform ? BLOCK : UNIT);
+    const float *step_sums = uniform ? a->block_sums : a->unit_sums;
+    int batch = m == 1 ? 8 : 1, fast = level == 2 && per <= 16;
+    int32_t of_step[256];
+    float *s = scratch, *zs = s + room, *spread_out = zs + room, *sums = spread_out + room;
+    uint8_t *zeros = (uint8_t *)(sums + m * room); /* 8 rows of them */
+    float *both = sums + m * room + 2 * room, *start = both + some * room, *dots = start + some * 16;
+    for (int i = 0; fast && i < 16 * per; i++) of_step[i] = (int32_t)(i / per);
+    for (int r = 0; r < m; r++) /* [m, groups]: x over each group */
+        for (int64_t g = 0; g < groups; g++) {
+            float sum = 0;
+            for (int64_t u = g * per; u < (g + 1) * per && u < steps; u++) sum += step_sums[rows[r] * steps + u];
+            sums[r * groups + g] = sum;
+        }
+    for (int64_t n8 = first; n8 < last; n8 += 8) {
+        ask_for(w->scales + (n8 + 8) * groups, 16 * groups); /* for the next 8 rows */
+        if (w->zeros) eight_zeros(level, w, out, n8, groups, zeros);
+        for (int64_t n = n8; n < n8 + 8 && n < last; n += batch) {
+            int taken = batch < last - n ? batch : (int)(last - n);
+#if X86
+            if (fast)
+                prepare_512(w->scales + n * groups, zeros + n % 8 * 16, middle, taken, m, a, rows, sums, groups, per,
+                            uniform, of_step, both, start);
+#endif
+            for (int i = 0; i < taken && !fast; i++) {
+                const uint8_t *z = zeros + (n + i) % 8 * 16;
+                halves(level, w->scales + (n + i) * groups, s, groups);
+                for (int64_t g = groups; g < room; g++) s[g] = 0; /* steps past the last group meet x that are 0 */
+                for (int64_t g = 0; g < room; g += 16)
+                    for (int k = 0; k < 16; k++) zs[g + k] = s[g + k] * (middle ? (float)middle : (float)z[g * 8 + k]);
+                for (int64_t g = 0, u = 0; u < steps; g++)
+                    for (int64_t end = u + per; u < end && u < steps; u++) spread_out[u] = s[g];
+                for (int r = 0; r < m; r++) {
+                    const float *x_scale = a->scale + rows[r] * blocks, *sum = sums + r * groups;
+                    float *restrict b = both + (i * m + r) * steps, *restrict less = start + (i * m + r) * 16;
+                    if (uniform)
+                        for (int64_t u = 0; u < steps; u++) b[u] = spread_out[u] * x_scale[u];
+                    else
+                        for (int64_t u = 0; u < steps; u++) b[u] = spread_out[u] * x_scale[u / (BLOCK / UNIT)];
+                    int64_t g = 0;
+                    for (int k = 0; k < 16; k++) less[k] = 0;
+                    for (; g + 16 <= groups; g += 16)
+                        for (int k = 0; k < 16; k++) less[k] -= zs[g + k] * sum[g + k];
+                    for (; g < groups; g++) less[g % 16] -= zs[g] * sum[g];
+                }
+            }
+            const uint8_t *codes = w->codes + n * row_bytes;
+#if X86
+            if (level == 2)
+                for (int at = 0, left; (left = taken * m - at) > 0;) { /* pairs of rows, or up to 4 activations */
+                    int nr = m == 1 && uniform && left > 1 ? 2 : 1, ms = m == 1 || left < 2 ? 1 : left < 4 ? 2 : 4;
+                    DOTS_512[w->bits](nr, ms, codes + (m == 1 ? at * row_bytes : 0), row_bytes, both + at * steps,
+                                      start + at * 16, a, m == 1 ? rows : rows + at, dots + at, uniform);
+                    at += nr * ms;
+                }
+            else
+#endif
+                for (int i = 0; i < taken; i++) {
+                    const uint8_t *row = codes + i * row_bytes;
+                    float *d = dots + i * m;
+#if X86
+                    if (level == 1)
+                        dot_avx2(row, row_bytes, w->bits, both + i * m * steps, a, rows, m, d, uniform);
+                    else
+#endif
+                        dot_plain(row, row_bytes, w->bits, both + i * m * steps, a, rows, m, d, uniform);
+                    for (int r = 0; r < m; r++)
+                        for (int k = 0; k < 16; k++) d[r] += start[(i * m + r) * 16 + k];
+                }
+            for (int i = 0; i < taken; i++)
+                for (int r = 0; r < m; r++) y[to[r] * out + n + i] = dots[i * m + r];
+        }
+    }
+    for (int r = 0; r < m; r++)
+        if (memchr(a->apart + rows[r] * blocks, 1, blocks))
+            for (int64_t n = first; n < last; n++)
+                y[to[r] * out + n] += apart(level, w, in, out, n, x + rows[r] * in, a->apart + rows[r] * blocks);
 }
 
 /* ------------------------------------------------------------------------------- one call, shared among threads */
 
 typedef struct {
-    const float *x;
-    int64_t x_rows, in;
-    Activations a;
-    const Job *jobs;
-    int njobs, level;
-    atomic_int next_row, rows_done, next_piece;
-    int pieces;
+    int32_t expert, start, count;
+} Span;
+
+/* Up to two projections of the same activations, [pairs, out] each. */
+typedef struct {
+    const Matrix *of[2];
+    float *y[2];
+    int64_t in, out;
+    const float *x; /* [rows, in] */
+    Activations a;  /* the same, quantized */
+    const int32_t *rows; /* [pairs, by expert]: of x */
+} Product;
+
+typedef struct {
+    atomic_long next, done;
+    long total;
+} Stage;
+
+typedef struct {
+    int level, fused, nspans; /* fused: down follows, on silu(gate) * up */
+    const Span *spans;
+    const int32_t *pairs; /* by expert */
+    int64_t x_rows;
+    Product first, second;
+    const int64_t *index; /* for the sum over a token's k choices */
+    const float *weight;
+    float *out;
+    int64_t k, experts;
+    Stage quantizing, firsts, seconds, sums;
     int64_t scratch_floats;
 } Call;
 
+/* The stages are taken apart into pieces, which threads take as they come; a result never depends on who took it. */
+INLINE long take(Stage *s) {
+    long at = atomic_fetch_add(&s->next, 1);
+    return at < s->total ? at : -1;
+}
+
+INLINE void finish(Stage *s) {
+    while (atomic_load(&s->done) < s->total) sched_yield();
+}
+
+INLINE void product(int level, Call *c, const Product *p, long piece, float *scratch) {
+    long of_span = (p->out + ROWS - 1) / ROWS;
+    const Span *span = c->spans + piece / of_span;
+    int64_t first = piece % of_span * ROWS, last = first + ROWS < p->out ? first + ROWS : p->out;
+    const int32_t *to = c->pairs + span->start;
+    const Span *next = c->spans + (piece + 1) / of_span;
+    int64_t next_first = (piece + 1) % of_span * ROWS;
+    for (int i = 0; i < 2 && p->of[i]; i++) {
+        if (i == 0 && p->of[1])
+            look_ahead(p->of[1] + span->expert, p->in, p->out, first);
+        else if (next < c->spans + c->nspans)
+            look_ahead(p->of[0] + next->expert, p->in, p->out, next_first);
+        some_rows(level, p->of[i] + span->expert, p->in, p->out, first, last, &p->a, p->x,
+                  p->rows + span->start, span->count, p->y[i], to, scratch);
+    }
+    if (c->fused && p == &c->first)
+        for (int r = 0; r < span->count; r++) {
+            float *gate = p->y[0] + to[r] * p->out, *up = p->y[1] + to[r] * p->out;
+            for (int64_t n = first; n < last; n++) gate[n] = silu(gate[n]) * up[n];
+            quantize_block(level, gate + first, last - first, &c->second.a, to[r], first / BLOCK);
+            if (last == p->out && last <= c->second.a.stride - BLOCK)
+                quantize_block(level, gate, 0, &c->second.a, to[r], last / BLOCK + (last % BLOCK > 0));
+        }
+}
+
+INLINE void work_at(int level, Call *c, float *scratch) {
+    Activations *a = &c->first.a;
+    for (long row; (row = take(&c->quantizing)) >= 0; atomic_fetch_add(&c->quantizing.done, 1))
+        for (int64_t b = 0; b < a->stride / BLOCK; b++)
+            quantize_block(level, c->first.x + row * c->first.in + b * BLOCK, c->first.in - b * BLOCK, a, row, b);
+    finish(&c->quantizing);
+    for (long at; (at = take(&c->firsts)) >= 0; atomic_fetch_add(&c->firsts.done, 1))
+        product(level, c, &c->first, at, scratch);
+    if (!c->fused) return;
+    finish(&c->firsts);
+    for (long at; (at = take(&c->seconds)) >= 0; atomic_fetch_add(&c->seconds.done, 1))
+        product(level, c, &c->second, at, scratch);
+    finish(&c->seconds);
+    for (long t; (t = take(&c->sums)) >= 0;) {
+        float *out = c->out + t * c->second.out;
+        memset(out, 0, c->second.out * 4);
+        for (int64_t pair = t * c->k; pair < (t + 1) * c->k; pair++)
+            if (c->index[pair] >= 0 && c->index[pair] < c->experts)
+                for (int64_t n = 0; n < c->second.out; n++)
+                    out[n] += c->weight[pair] * c->second.y[0][pair * c->second.out + n];
+    }
+}
+
+#if X86
+TARGET_512 static void work_512(Call *c, float *scratch) { work_at(2, c, scratch); }
+TARGET_AVX2 static void work_avx2(Call *c, float *scratch) { work_at(1, c, scratch); }
+#endif
+
 static void work(Call *c, float *scratch) {
-    for (int row; (row = atomic_fetch_add(&c->next_row, 1)) < c->x_rows;) {
-        quantize_row(c->x + row * c->in, c->in, &c->a, row);
-        atomic_fetch_add(&c->rows_done, 1);
+#if X86
+    if (c->level == 2) {
+        work_512(c, scratch);
+        return;
     }
-    while (atomic_load(&c->rows_done) < c->x_rows) sched_yield();
-    for (int piece; (piece = atomic_fetch_add(&c->next_piece, 1)) < c->pieces;) {
-        const Job *j = c->jobs;
-        int at = piece;
-        for (int n; at >= (n = (j->out + ROWS - 1) / ROWS); j++) at -= n;
-        int first = at * ROWS, last = first + ROWS < j->out ? first + ROWS : j->out;
-        some_rows_at(c->level, j, &c->a, first, last, scratch);
+    if (c->level == 1) {
+        work_avx2(c, scratch);
+        return;
     }
+#endif
+    work_at(0, c, scratch);
 }
 
 static pthread_mutex_t one_call = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
@@ -499,24 +751,7 @@ static void after_fork(void) { /* threads do not survive a fork; they are made a
     pthread_cond_init(&wake, 0), pthread_cond_init(&slept, 0);
 }
 
-/* Floats of scratch one thread needs for these jobs. */
-int64_t mopeq_scratch(const Job *jobs, int njobs, int64_t stride) {
-    int64_t most = 0;
-    for (int i = 0; i < njobs; i++) {
-        int64_t groups = (jobs[i].in + jobs[i].group - 1) / jobs[i].group;
-        int64_t units = stride / UNIT, need = units + jobs[i].m * (4 + 2 * units) + (jobs[i].m + 2) * groups + 16;
-        most = need > most ? need : most;
-    }
-    return most;
-}
-
-/* y of every job from x [x_rows, in]. Buffers are the caller's: `a` as its struct says, scratch [threads, floats]. */
-void mopeq_rows(const float *x, int64_t x_rows, int64_t in, const Activations *a, const Job *jobs, int njobs,
-                int threads, int level, float *scratch, int64_t scratch_floats) {
-    Call c = {.x = x, .x_rows = x_rows, .in = in, .a = *a, .jobs = jobs, .njobs = njobs, .level = level,
-              .scratch_floats = scratch_floats};
-    for (int i = 0; i < njobs; i++) c.pieces += (jobs[i].out + ROWS - 1) / ROWS;
-    threads = threads > MAX_THREADS ? MAX_THREADS : threads;
+static void run(Call *c, int threads, float *scratch) {
     pthread_mutex_lock(&one_call);
     pthread_mutex_lock(&lock);
     if (!fork_watched) fork_watched = 1, pthread_atfork(0, 0, after_fork);
@@ -526,13 +761,83 @@ void mopeq_rows(const float *x, int64_t x_rows, int64_t in, const Activations *a
         pthread_detach(id);
         helpers++;
     }
-    current = &c, scratches = scratch, turn++;
+    current = c, scratches = scratch, turn++;
     wanted = busy = threads - 1 < helpers ? threads - 1 : helpers;
     if (busy) pthread_cond_broadcast(&wake);
     pthread_mutex_unlock(&lock);
-    work(&c, scratch);
+    work(c, scratch);
     pthread_mutex_lock(&lock);
     while (busy) pthread_cond_wait(&slept, &lock);
     pthread_mutex_unlock(&lock);
     pthread_mutex_unlock(&one_call);
+}
+
+/* ------------------------------------------------------------------------------------------- what Python calls */
+
+/* A piece of the caller's room; addresses past its end are never used. */
+static void *carve(char **at, int64_t bytes) {
+    char *p = (char *)(((intptr_t)*at + 63) & ~(intptr_t)63);
+    *at = p + bytes;
+    return p;
+}
+
+static Activations carve_rows(char **at, int64_t rows, int64_t in) {
+    Activations a = {.stride = (in + STEP - 1) / STEP * STEP};
+    a.parts = carve(at, rows * 3 * a.stride), a.scale = carve(at, rows * (a.stride / BLOCK) * 4);
+    a.block_sums = carve(at, rows * (a.stride / BLOCK) * 4), a.unit_sums = carve(at, rows * (a.stride / UNIT) * 4);
+    a.apart = carve(at, rows * (a.stride / BLOCK));
+    return a;
+}
+
+/* The pairs sorted by expert, those of other experts left out; rows: which activation each has. */
+static void sort_pairs(Call *c, int64_t pairs, int64_t per, Span *spans, int32_t *sorted, int32_t *rows) {
+    int64_t n = 0, start = 0;
+    for (int64_t e = 0; e < c->experts; e++) spans[e] = (Span){.expert = (int32_t)e};
+    for (int64_t i = 0; i < pairs; i++)
+        if (c->index[i] >= 0 && c->index[i] < c->experts) spans[c->index[i]].count++;
+    for (int64_t e = 0; e < c->experts; e++) {
+        spans[e].start = (int32_t)start, start += spans[e].count;
+        spans[e].count = 0;
+    }
+    for (int64_t i = 0; i < pairs; i++)
+        if (c->index[i] >= 0 && c->index[i] < c->experts) {
+            Span *s = spans + c->index[i];
+            int64_t at = s->start + s->count++;
+            sorted[at] = (int32_t)i, rows[at] = (int32_t)(i / per);
+        }
+    for (int64_t e = 0; e < c->experts; e++)
+        if (spans[e].count) spans[n++] = spans[e];
+    c->spans = spans, c->nspans = (int)n, c->pairs = sorted;
+}
+
+/* y[i] [pairs, out] = x[pair / per] times expert index[pair]'s matrix of `first` (and of `second` [experts], if any);
+   rows of experts that are not there stay as they are. If `down` [experts] is given, then instead
+   out [x_rows, in] = sum over pairs of a row of weight * down(silu(y[0]) * y[1]), y in the room.
+   0, or how many bytes of room it takes, if there are fewer: nothing is done then. */
+int64_t mopeq_experts(const Matrix *first, const Matrix *second, const Matrix *down, int64_t experts, int64_t in,
+                      int64_t out, const float *x, int64_t x_rows, const int64_t *index, int64_t per,
+                      const float *weight, float *y0, float *y1, int threads, int level, char *room, int64_t bytes) {
+    int64_t pairs = x_rows * per;
+    threads = threads > MAX_THREADS ? MAX_THREADS : threads;
+    Call c = {.level = level, .fused = down != 0, .x_rows = x_rows, .index = index, .weight = weight, .k = per,
+              .experts = experts, .out = y0};
+    char *at = room;
+    Span *spans = carve(&at, experts * sizeof(Span));
+    int32_t *sorted = carve(&at, pairs * 4), *rows = carve(&at, pairs * 4);
+    c.first = (Product){{first, second}, {y0, y1}, in, out, x, carve_rows(&at, x_rows, in), rows};
+    int64_t stride = c.first.a.stride;
+    if (down) {
+        c.first.y[0] = carve(&at, pairs * out * 4), c.first.y[1] = carve(&at, pairs * out * 4);
+        float *y = carve(&at, pairs * in * 4), *h = c.first.y[0];
+        c.second = (Product){{down, 0}, {y, 0}, out, in, h, carve_rows(&at, pairs, out), sorted};
+        stride = c.second.a.stride > stride ? c.second.a.stride : stride;
+    }
+    c.scratch_floats = (scratch_floats(stride, pairs) + 15) / 16 * 16;
+    float *scratch = carve(&at, threads * c.scratch_floats * 4);
+    if (at - room > bytes) return at - room;
+    sort_pairs(&c, pairs, per, spans, sorted, rows);
+    c.quantizing.total = x_rows, c.sums.total = x_rows;
+    c.firsts.total = c.nspans * ((out + ROWS - 1) / ROWS), c.seconds.total = c.nspans * ((in + ROWS - 1) / ROWS);
+    run(&c, threads, scratch);
+    return 0;
 }

@@ -1,27 +1,31 @@
 """Packed codes times a few activations on a CPU: cpu.c reads each chosen row once, as it is stored, on all threads.
 
 Few tokens an expert are its case (decoding); many are faster unpacked once and multiplied by BLAS, as `grouped` does.
-Activations enter as 22-bit integers with a scale for each 64, so a result is as good as float32's.
+Activations enter as 22-bit integers with a scale for each 64, so a result is as good as float32's. Where the gate is
+silu(gate) * up, a layer is one call of C, so that little of Python has to come back into the caches; other gates,
+biases and norms stay torch's, between two calls.
 """
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mopeq.kernels.build import library
+from mopeq.kernels.triton import gate_of
 from mopeq.seam import activate
 
-UNIT, BLOCK = 16, 64  # as in cpu.c
+UNIT = 16  # as in cpu.c
 FEW = 128  # tokens an expert, on average, up to which this is faster than unpacking and BLAS, as measured
-JOB = np.dtype(
-    [(name, "u8") for name in ("codes", "scales", "zeros", "rows", "y")]
-    + [(name, "i4") for name in ("m", "bits", "group", "out", "in", "pad")]
-)
-ACTIVATIONS = np.dtype([(name, "u8") for name in ("high", "mid", "low", "words", "scale", "sums", "stride")])
+MATRIX = np.dtype([("codes", "u8"), ("scales", "u8"), ("zeros", "u8"), ("bits", "i4"), ("group", "i4")])
+KEPT = 1 << 23  # bytes of room that are kept for a thread's next call
+SILU = 1  # of triton.gate_of
 
 
 def refuses(experts: Any, x: Tensor) -> str:
@@ -39,45 +43,38 @@ def suits(experts: Any, index_TK: Tensor) -> bool:
     return pairs <= FEW * min(pairs, experts.num_experts)
 
 
-def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """The experts' function of x_TH [T, H] for index_TK and weight_TK [T, K]; see kernels.ref for the meaning."""
-    tokens, k = index_TK.shape
-    ids = index_TK.flatten().numpy()
-    order_S = np.argsort(ids, kind="stable")
-    order_S = order_S[(ids[order_S] >= 0) & (ids[order_S] < experts.num_experts)]
-    ids_S = ids[order_S]
-    chosen, starts, counts = np.unique(ids_S, return_index=True, return_counts=True)
-    spans = list(zip(chosen.tolist(), starts.tolist(), counts.tolist(), strict=True))
-    x = x_TH.detach().float().contiguous()
-    upper = [p for p in experts.projections if p != "down"]
-    top = with_bias(experts, rows(experts, upper, x, order_S // k, spans), ids_S)
-    h_SI = activate(experts, top).contiguous()
-    y_SH = with_bias(experts, rows(experts, ["down"], h_SI, np.arange(len(ids_S)), spans), ids_S)["down"]
-    if experts.has_post_expert_norm:
-        y_SH = experts.post_expert_norm(y_SH.to(x_TH.dtype)).float()
-    order = torch.from_numpy(order_S)
-    out = y_SH.new_zeros(tokens * k, experts.shapes["down"][0])
-    out[order] = y_SH * weight_TK.flatten()[order].unsqueeze(-1).float()
-    return out.view(tokens, k, out.shape[1]).sum(1).to(x_TH.dtype)
+@dataclass
+class Layer:
+    """What calls need of one layer: {projection: its matrices, MATRIX [E]}, and whether C can do all of it."""
+
+    names: list[str]  # of the buffers that the matrices lie in
+    where: list[int]
+    tables: dict[str, np.ndarray]
+    addresses: dict[str, int]  # of the tables
+    whole: bool
 
 
-def with_bias(experts: Any, y: dict[str, Tensor], ids_S: np.ndarray) -> dict[str, Tensor]:
-    if not experts.has_bias:
-        return y
-    ids = torch.from_numpy(ids_S).long()
-    return {p: y_SN + experts.bias_of(p)[ids].float() for p, y_SN in y.items()}
+_layers: WeakKeyDictionary[Any, Layer] = WeakKeyDictionary()
+_rooms = threading.local()  # memory for the calls of a thread
+
+
+def layer_of(experts: Any) -> Layer:
+    """The layer's tables, kept while its tensors stay put."""
+    experts.use_tiers()
+    kept, buffers = _layers.get(experts), experts._buffers
+    if kept is None or kept.where != [buffers[name].data_ptr() for name in kept.names]:
+        names, tables = experts.tier_names(), {p: matrices(experts, p) for p in experts.projections}
+        where = [buffers[name].data_ptr() for name in names]
+        plain = experts.has_gate and not (experts.has_bias or experts.has_post_expert_norm)
+        whole = plain and gate_of(experts).act == SILU
+        kept = Layer(names, where, tables, {p: table.ctypes.data for p, table in tables.items()}, whole)
+        _layers[experts] = kept
+    return kept
 
 
 def matrices(experts: Any, p: str) -> np.ndarray:
-    """JOB rows [E] with the addresses and formats of one projection's matrices, kept while the tensors stay put."""
-    experts.use_tiers()
-    kept = experts.__dict__.setdefault("_cpu_matrices", {})
-    if p in kept:
-        names, where, table = kept[p]
-        if where == [experts._buffers[name].data_ptr() for name in names]:
-            return table
-    table = np.zeros(experts.num_experts, JOB)
-    table["out"], table["in"] = experts.shapes[p]
+    """MATRIX rows [E] with the addresses and formats of one projection's matrices."""
+    table = np.zeros(experts.num_experts, MATRIX)
     for tier in experts.tiers(p):
         e, at = np.array(list(tier.rows)), np.array(list(tier.rows.values()))
         for field, t in (("codes", tier.codes), ("scales", tier.scale_bits), ("zeros", tier.zeros)):
@@ -85,50 +82,76 @@ def matrices(experts: Any, p: str) -> np.ndarray:
                 assert t.is_contiguous()
                 table[field][e] = t.data_ptr() + at * (t[0].numel() * t.element_size())
         table["bits"][e], table["group"][e] = tier.format.bits, tier.format.group_size
-    names = [name for name in experts.tier_names() if name.startswith(f"{p}_")]
-    kept[p] = (names, [experts._buffers[name].data_ptr() for name in names], table)
     return table
 
 
-def rows(
-    experts: Any, names: list[str], x_RN: Tensor, rows_S: np.ndarray, spans: list[tuple[int, int, int]], level: int = -1
-) -> dict[str, Tensor]:
-    """{p: [S, out]}: for each expert's span of S, its matrices times the activations x[rows_S], float32.
+def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The experts' function of x_TH [T, H] for index_TK and weight_TK [T, K]; see kernels.ref for the meaning."""
+    layer = layer_of(experts)
+    x, index, weight = x_TH.float().contiguous(), index_TK.long().contiguous(), weight_TK.float().contiguous()
+    if layer.whole:
+        out = torch.empty(x_TH.shape[0], experts.shapes["down"][0])
+        call(experts, ["gate", "up", "down"], x, index, weight, [out])
+        return out.to(x_TH.dtype)
+    upper = [p for p in experts.projections if p != "down"]
+    top = with_bias(experts, project(experts, upper, x, index), index)
+    h_SI = activate(experts, top).contiguous()
+    y_SH = with_bias(experts, project(experts, ["down"], h_SI, index.view(-1, 1)), index)["down"]
+    if experts.has_post_expert_norm:
+        y_SH = experts.post_expert_norm(y_SH.to(x_TH.dtype)).float()
+    ours = (index >= 0) & (index < experts.num_experts)
+    share_TK = weight.where(ours, 0)
+    return (y_SH.view(*index.shape, y_SH.shape[1]) * share_TK.unsqueeze(-1)).sum(1).to(x_TH.dtype)
 
-    `level` forces an instruction set (2 AVX-512, 1 AVX2, 0 plain C); -1 is the machine's best.
-    """
-    lib = library()[0]
-    assert lib is not None and x_RN.dtype == torch.float32 and x_RN.is_contiguous()
-    y = {p: torch.empty(len(rows_S), experts.shapes[p][0]) for p in names}
-    if not spans:
+
+def with_bias(experts: Any, y: dict[str, Tensor], index_TK: Tensor) -> dict[str, Tensor]:
+    if not experts.has_bias:
         return y
-    picked = np.ascontiguousarray(rows_S, dtype=np.int32)
-    e, start, count = np.array(spans).T
-    jobs = np.empty(len(names) * len(e), JOB)  # and not `concatenate`, which compares the rows' types field by field
-    for i, p in enumerate(names):
-        part = jobs[i * len(e) : (i + 1) * len(e)]
-        part[:] = matrices(experts, p)[e]
-        part["rows"], part["m"] = address(picked) + start * 4, count
-        part["y"] = y[p].data_ptr() + start * (y[p].shape[1] * 4)
-    x_rows, n = x_RN.shape
-    stride, threads = -(-n // BLOCK) * BLOCK, torch.get_num_threads()
-    floats = lib.mopeq_scratch(address(jobs), len(jobs), stride)
-    # high, middle and low parts, words, scales, sums of the quantized activations; then each thread's scratch
-    sizes = [x_rows * stride * bytes_each for bytes_each in (1, 1, 1, 2)]
-    sizes += [4 * x_rows * stride // BLOCK, 4 * x_rows * stride // UNIT, 4 * threads * floats]
-    block = torch.empty(sum(sizes) + BLOCK * len(sizes), dtype=torch.uint8)
-    at, starts = block.data_ptr(), []
-    for size in sizes:
-        at = -(-at // BLOCK) * BLOCK
-        starts.append(at)
-        at += size
-    activations = np.array([(*starts[:6], stride)], ACTIVATIONS)
-    lib.mopeq_rows(
-        x_RN.data_ptr(), x_rows, n, address(activations), address(jobs), len(jobs), threads,
-        lib.mopeq_level() if level < 0 else level, starts[6], floats,
-    )  # fmt: skip
+    ids_S = index_TK.flatten().clamp(0, experts.num_experts - 1)
+    return {p: y_SN + experts.bias_of(p)[ids_S].float() for p, y_SN in y.items()}
+
+
+def project(experts: Any, names: list[str], x_RN: Tensor, index_RK: Tensor, level: int = -1) -> dict[str, Tensor]:
+    """{p: [R * K, out]}: for each row of x and each of its choices, the chosen expert's matrix times it, float32.
+
+    0 where the index is no expert's.
+    """
+    y = {p: torch.zeros(index_RK.numel(), experts.shapes[p][0]) for p in names}
+    call(experts, names, x_RN, index_RK, None, list(y.values()), level)
     return y
 
 
-def address(array: np.ndarray) -> int:
-    return int(array.ctypes.data)  # and not __array_interface__, which spells out every field
+def call(
+    experts: Any,
+    names: list[str],
+    x_RN: Tensor,
+    index_RK: Tensor,
+    weight_RK: Tensor | None,
+    y: list[Tensor],
+    level: int = -1,
+) -> None:
+    """Fill y: see mopeq_experts in cpu.c; all three names mean the whole layer.
+
+    `level` forces an instruction set (2 AVX-512, 1 AVX2, 0 plain C); -1 is the machine's best.
+    """
+    lib, at = library()[0], layer_of(experts).addresses
+    assert lib is not None and x_RN.dtype == torch.float32 and x_RN.is_contiguous() and index_RK.is_contiguous()
+    second = at[names[1]] if len(names) > 1 else None
+    down = at[names[2]] if len(names) > 2 else None
+    out_features, in_features = experts.shapes[names[0]]
+    room = getattr(_rooms, "room", None)
+    if room is None:
+        room = torch.empty(0, dtype=torch.uint8)
+    for _ in range(2):
+        more = lib.mopeq_experts(
+            at[names[0]], second, down, experts.num_experts, in_features, out_features,
+            x_RN.data_ptr(), x_RN.shape[0], index_RK.data_ptr(), index_RK.shape[1],
+            None if weight_RK is None else weight_RK.data_ptr(), y[0].data_ptr(), y[-1].data_ptr(),
+            torch.get_num_threads(), lib.mopeq_level() if level < 0 else level, room.data_ptr(), room.numel(),
+        )  # fmt: skip
+        if not more:
+            return
+        room = torch.empty(more, dtype=torch.uint8)
+        if more <= KEPT:
+            _rooms.room = room
+    raise AssertionError("the room was as large as asked for")
