@@ -1,7 +1,9 @@
-"""`--ray` on a cluster of two nodes, one of which is killed in the middle: the same bytes as on one machine."""
+"""`--ray` on a cluster of two nodes, one of which is killed in the middle: the same bytes as on one machine. And the
+curve: what each of 1, 2 and 4 nodes of one thread has to do (`-m slow -s -k nodes_share`)."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -14,7 +16,8 @@ import tiny
 from made import digests, quantize, room, source
 from warm import SOURCES
 
-from mopeq.cluster import parts
+from mopeq import cluster as ours
+from mopeq.cluster import Order, parts
 from mopeq.errors import BadInput
 from mopeq.progress import silence
 
@@ -46,7 +49,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["PYTHONPATH"] = os.pathsep.join(SOURCES)
+    os.environ["PYTHONPATH"] = os.pathsep.join([*SOURCES, str(Path(__file__).parent)])  # workers import `timed`
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield made
     ray.shutdown()
@@ -122,3 +125,55 @@ def test_without_data_and_with_a_refusal(cluster: Any, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="NaN"):
             quantize(spoiled, tmp_path / "none", ray=cluster.address)
     cluster.remove_node(node)
+
+
+def timed(order: Order) -> tuple[int, str, str] | None:
+    """`work`, with a note beside the run of the CPU seconds that this task took its worker."""
+    from mopeq.cluster import work  # not what the test put in its place
+
+    started = time.process_time()
+    said = work(order)
+    stage = "quantize" if order.map is not None else "batches" if order.batches else "candidates"
+    facts = {"stage": stage, "first": (*order.layers, *order.batches)[0], "cpu": time.process_time() - started}
+    note = order.run.parent.parent / f"task-{stage}-{facts['first']}.json"
+    note.write_text(json.dumps(facts))
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nodes_share_the_work(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes on 1, 2 and 4 nodes of one thread. Printed: CPU seconds of each task and of the machine that asks;
+    `path` is their sum when tasks of a stage run side by side, so what a run takes where every node has a core."""
+    import torch
+
+    model = source("olmoe", num_hidden_layers=8, hidden_size=192, intermediate_size=128, num_experts=12)
+    text = tiny.write_text(tmp_path / "calib.txt", lines=200)
+    asked = DATA | {"calib": (text,), "calib_tokens": 16384}
+    monkeypatch.setattr(ours, "work", timed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started = time.process_time()
+        with silence():
+            quantize(model, tmp_path / "alone", **asked)
+        print(json.dumps({"nodes": 0, "path": round(time.process_time() - started, 1)}))
+        for count in (1, 2, 4):
+            nodes = [cluster.add_node(num_cpus=1) for _ in range(count)]
+            place = tmp_path / str(count)
+            clock, started = time.monotonic(), time.process_time()
+            with silence():
+                quantize(model, place / "out", ray=cluster.address, **asked)
+            asking, seconds = time.process_time() - started, time.monotonic() - clock
+            tasks: dict[str, list[float]] = {}
+            for facts in (json.loads(note.read_text()) for note in sorted(place.glob("task-*.json"))):
+                tasks.setdefault(facts["stage"], []).append(round(facts["cpu"], 1))
+            path = asking + sum(max(cpu) for cpu in tasks.values())
+            shown = {"nodes": count, "path": round(path, 1), "asking": round(asking, 1), "tasks": tasks}
+            print(json.dumps(shown | {"seconds": round(seconds)}))
+            assert set(tasks) == {"candidates", "batches", "quantize"} and all(len(x) == count for x in tasks.values())
+            assert digests(place / "out") == digests(tmp_path / "alone")
+            for node in nodes:
+                cluster.remove_node(node)
+    finally:
+        torch.set_num_threads(before)

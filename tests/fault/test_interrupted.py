@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+import threading
 import time
+from contextvars import copy_context
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -235,6 +238,42 @@ def test_damaged_stage_files(tmp_path: Path) -> None:
     assert path.name in error and "delete" in hint
     path.unlink()
     assert start(out).wait().code == 0 and digests(out) == undisturbed()
+
+
+def test_a_handover_interrupted_at_any_line_leaves_nobody_waiting() -> None:
+    """A walked batch has a thread of its own: wherever a signal meets whoever leads it, the thread can be ended."""
+    from mopeq.walk.walking import Call, Job
+
+    nothing: Any = None
+    for line in range(1, 1000):
+        call, left = Call(nothing, lambda: None, (), {}, copy_context()), line
+
+        def interrupt(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal left
+            left -= event == "line"
+            if left == 0:
+                raise KeyboardInterrupt
+            return interrupt
+
+        def run() -> None:
+            for _ in range(2):
+                job.stop_at(call)  # noqa: B023 - of this very round
+
+        job = Job(0, run, False)
+        job.go()
+        sys.settrace(interrupt)
+        try:
+            job.go()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        ending = threading.Thread(target=job.drop, daemon=True)
+        ending.start()
+        ending.join(20)
+        assert not ending.is_alive(), f"interrupted at line {line}"
+        if left > 0:  # it came to its end: all lines were tried
+            return
 
 
 # ------------------------------------------------------------------------------------------------- determinism

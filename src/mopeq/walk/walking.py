@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ class Job:
         self.given: Any = None
         self.dropped = False
         self.thread: threading.Thread | None = None
-        self.may_move, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
+        # not semaphores: a signal within their release, which is Python, can lose a wake-up, and all stands still
+        self.may_move, self.has_stopped = SimpleQueue[None](), SimpleQueue[None]()
 
     def go(self, given: Any = None) -> None:
         self.given, self.call = given, None
@@ -72,8 +74,8 @@ class Job:
             self.thread = threading.Thread(target=self.live, daemon=True, name=f"batch {self.number}")
             self.thread.start()
         else:
-            self.may_move.release()
-        self.has_stopped.acquire()
+            self.may_move.put(None)
+        self.has_stopped.get()
         if self.call is None:
             self.thread.join()
             if self.error is not None:
@@ -90,13 +92,13 @@ class Job:
             return
         except BaseException as error:
             self.error = error
-        self.has_stopped.release()
+        self.has_stopped.put(None)
 
     def stop_at(self, call: Call) -> Any:
         """In the job's own thread: wait at a part for what it gives."""
         self.call = call
-        self.has_stopped.release()
-        self.may_move.acquire()
+        self.has_stopped.put(None)
+        self.may_move.get()
         if self.dropped:
             raise Dropped
         given, self.given = self.given, None
@@ -110,7 +112,7 @@ class Job:
     def drop(self) -> None:
         if self.thread is not None and self.thread.is_alive():
             self.dropped = True
-            self.may_move.release()
+            self.may_move.put(None)
             self.thread.join()
 
 
