@@ -27,8 +27,8 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from mopeq.data.processor import mend_torchvision
 from mopeq.errors import BadInput, MopeqError
+from mopeq.mending import mend_torchvision
 from mopeq.nouns import PADDING, Format, guard_name
 from mopeq.plugins.vllm_layer import ClampedGate, FlatLayer, Gate, cut_bits
 from mopeq.tensors import QWeight, pack_bits

@@ -151,7 +151,7 @@ def test_every_form_of_a_message(packed: Path, tmp_path: Path) -> None:
 
 ASK = """
 import json, os, sys
-from mopeq.data.processor import mend_torchvision
+from mopeq.mending import mend_torchvision
 mend_torchvision()
 import vlmeval.dataset as kit
 from vlmeval.inference import infer_data_job

@@ -148,7 +148,7 @@ TABLES: dict[str, tuple[Callable[[random.Random, int], Row], Callable[[random.Ra
 }
 SCORE = """
 import json, os, sys
-from mopeq.data.processor import mend_torchvision
+from mopeq.mending import mend_torchvision
 mend_torchvision()
 import vlmeval.dataset as kit
 from vlmeval.smp import dump, md5

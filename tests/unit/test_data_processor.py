@@ -12,8 +12,9 @@ import tiny_data
 import torch
 from PIL import Image
 
-from mopeq.data.processor import load_processor, mend_torchvision, reads_pictures, tokenizer_of
+from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.errors import BadInput
+from mopeq.mending import mend_torchvision
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_a_torchvision_built_for_another_torch_is_mended(tmp_path: Path) -> None
     (tmp_path / "torchvision" / "extra.py").write_text("answer = 42\n")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from mopeq.data.processor import mend_torchvision\n"
+        "from mopeq.mending import mend_torchvision\n"
         "assert mend_torchvision() is True and mend_torchvision() is False\n"
         "import torchvision.extra\n"
         "assert torchvision.extra.answer == 42\n"

@@ -7,17 +7,13 @@ pictures need Pillow alone. `load_processor` then builds the same processor with
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mopeq.errors import BadInput, first_line
+from mopeq.mending import mend_torchvision
 
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"),
@@ -25,7 +21,6 @@ VOCABULARIES = (
 )
 PICTURE_FILES = ("processor_config.json", "preprocessor_config.json")
 log = logging.getLogger("mopeq")
-_declared: list[torch.library.Library] = []  # a library's operators live as long as the object does
 
 
 def load_processor(folder: str | Path) -> Any:
@@ -95,27 +90,3 @@ def _processor_class(folder: Path) -> str:
 
     found = PROCESSOR_MAPPING_NAMES.get(said.get("model_type", ""), "")
     return found[0] if isinstance(found, (tuple, list)) else found
-
-
-def mend_torchvision() -> bool:
-    """If torchvision is installed but cannot be imported for want of its operators, declare them; True if mended.
-
-    PyPI's torchvision is built for CUDA; beside a CPU-only torch its library does not load and its first line that
-    describes an operator fails ("operator torchvision::nms does not exist"). Nothing here calls those operators.
-    """
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return False
-    try:
-        importlib.import_module("torchvision")
-        return False
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]  # half imported
-    importlib.import_module("torchvision")
-    return True

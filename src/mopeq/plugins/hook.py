@@ -58,6 +58,6 @@ def register_families() -> None:
     while _doors:
         auto, method, was = _doors.pop()
         setattr(auto, method, was)
-    import_module("mopeq.data.processor").mend_torchvision()  # AutoProcessor needs a torchvision that can be imported
+    import_module("mopeq.mending").mend_torchvision()  # AutoProcessor needs one that can be imported
     for family in FAMILIES:
         import_module(family).register()
