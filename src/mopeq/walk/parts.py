@@ -24,6 +24,7 @@ from mopeq.stream import read_biases, read_layer, read_tensor, refuse_sick
 
 # the order of a forward pass, as far as it is known: what feeds the layers, they, the head
 FIRST, LAYER, HEAD = range(3)
+TOGETHER = 1 << 26  # bytes of stored tensors put into a model at a time: each time takes a look at all of the model
 
 
 class CannotWalk(MopeqError):
@@ -225,8 +226,17 @@ class Parts:
 
     def fill(self, wanted: list[str]) -> None:
         """Give the parameters (and stored buffers) their values. CannotWalk where one has none in the checkpoint."""
-        for name in wanted:  # one after another: while stored tensors are merged, they are held twice and thrice
-            self.convert(self.sources.get(name, []))
+        waiting: dict[str, Tensor] = {}
+        for name in wanted:
+            sources = self.sources.get(name, [])
+            if len(sources) == 1:
+                waiting |= self.stored(sources)
+            else:  # merged by itself: meanwhile stored tensors are held twice and thrice
+                self.convert(self.stored(sources))
+            if sum(t.nbytes for t in waiting.values()) > TOGETHER:
+                self.convert(waiting)
+                waiting = {}
+        self.convert(waiting)
         held = self.model.state_dict(keep_vars=True)
         for name in wanted:
             if not held[name].is_meta:
@@ -236,18 +246,21 @@ class Parts:
                 raise CannotWalk(f"{name} is missing")
             value = held[twin]
             if value.is_meta:
-                self.convert(self.sources[twin])
+                self.convert(self.stored(self.sources[twin]))
                 value = self.model.get_parameter(twin)
                 free(self.model.get_submodule(twin.rpartition(".")[0]))
             owner, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(owner), last, value)
 
-    def convert(self, names: list[str]) -> None:
-        """Read stored tensors and put them into the model, as transformers renames, splits and merges them."""
+    def stored(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: refuse_sick(name, self.read(name)) for name in names}
+
+    def convert(self, stored: dict[str, Tensor]) -> None:
+        """Put stored tensors into the model, as transformers renames, splits and merges them."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        if not names:
+        if not stored:
             return
         dtype = self.model.config.dtype
         how = LoadStateDictConfig(
@@ -257,8 +270,7 @@ class Parts:
             device_map={"": self.device},
             hf_quantizer=self.quantizer,
         )
-        state = {name: refuse_sick(name, self.read(name)) for name in names}
-        info, _ = convert_and_load_state_dict_in_model(self.model, state, how)
+        info, _ = convert_and_load_state_dict_in_model(self.model, stored, how)
         if wrong := sorted(map(str, (*info.mismatched_keys, *info.conversion_errors))):
             raise MopeqError(f"{wrong[0]} does not fit", "the checkpoint does not fit the model its config describes")
 
