@@ -127,7 +127,7 @@ def show_verified(r: dict[str, Any]) -> None:
 
 
 def show_demo(r: dict[str, Any]) -> None:
-    t = table("checkpoint", "MiB", "KL", "ppl", "accuracy", "content digest")
+    t = table("checkpoint", "MiB", "KL", "text ppl", "accuracy", "content digest")
     for row in r["rows"]:
         t.add_row(
             row["name"],
