@@ -9,6 +9,7 @@ docs/serving.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,18 +90,13 @@ def worker() -> None:
 
 def peaks() -> list[int]:
     """The highest resident bytes of this process and of each that descends from it (vLLM's workers)."""
-    parents, most = {}, {}
-    for path in Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(x.split(":", 1) for x in path.read_text().splitlines() if ":" in x)
-        except OSError:  # it has ended
-            continue
-        pid = int(path.parent.name)
-        parents[pid], most[pid] = int(fields["PPid"]), int(fields.get("VmHWM", "0").split()[0]) * 1024
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return [most[pid] for pid in family]
+    family = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+    found = []
+    for pid in family:
+        with contextlib.suppress(OSError):  # it has ended
+            fields = dict(x.split(":", 1) for x in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in x)
+            found.append(int(fields.get("VmHWM", "0").split()[0]) * 1024)
+    return found
 
 
 def run(engine: str, folder: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:

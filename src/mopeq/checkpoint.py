@@ -57,6 +57,12 @@ def find_folder(model: str | os.PathLike[str]) -> tuple[Path, str]:
     return Path(got), Path(got).name
 
 
+def check_has_config(folder: Path) -> None:
+    """BadInput where a folder that is to run is no checkpoint."""
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{folder} has no config.json: it is no checkpoint", "give a folder made by `mopeq quantize`")
+
+
 def read_json(path: Path) -> Any:
     """A JSON file; BadInput if it cannot be read or parsed."""
     try:

@@ -683,15 +683,14 @@ def quantize_layers(
     files = {layer.layer: run.layer_path(digest, layer.layer) for layer in job.spec.layers}
     if done := [file for file in files.values() if file.exists()]:
         say(f"quantize: {len(done)} of {len(files)} layers taken from {run.path}")
-    if sensing_quantizes(job):
-        take_from_sensing(job, run.kept(sense_digest(job, calibration)), map_, files)
+    sensed = run.kept(sense_digest(job, calibration)) if sensing_quantizes(job) else Kept()
+    take_from_sensing(job, sensed, map_, files)
     if o.ray:
         from mopeq import cluster
 
         cluster.quantize(job, run, map_, files, data)
     quantize_files(job, map_, files, calibration)
-    if sensing_quantizes(job):
-        run.kept(sense_digest(job, calibration)).drop()
+    sensed.drop()
     notes = [file.with_suffix(".txt") for file in files.values()]
     return files, [note.read_text() for note in notes if note.exists()]
 
@@ -702,6 +701,8 @@ def take_from_sensing(job: Job, kept: Kept, map_: PrecisionMap, files: Mapping[i
     from mopeq.sense.quadratic import chosen_candidates
 
     todo = [x for x in job.spec.layers if not files[x.layer].exists() and kept.has(f"{CANDIDATES}{x.layer}")]
+    if not todo:
+        return
     with progress("quantize: as sensed", sum(layer.params for layer in todo), "weights") as p:
         for layer in todo:
             if (found := chosen_candidates(kept, layer, map_, job.options.formats)) is not None:

@@ -169,9 +169,8 @@ def add_taken(found_F: Tensor, take: Callable[[Tensor], Tensor], keep_S: Tensor,
 def sense(scene: Scene, kind: str) -> Sensitivity:
     with walk(scene, exact=kind != "error") as walking:
         taker = Taker(kind, scene, walking)
-        (take_in_memory if walking.whole else take_walking)(taker)
+        used = (take_in_memory if walking.whole else take_walking)(taker)
     every = len(scene.batches)
-    used = next(n for n in stops(every) if settled(scene, taker.found, n))
     for number in range(used):
         taker.counts.add(taker.counted[number])
     costs = [estimate(scene, layer, taker.found, used) for layer in scene.spec.layers]
@@ -193,15 +192,15 @@ def sense(scene: Scene, kind: str) -> Sensitivity:
     )
 
 
-def take_in_memory(taker: Taker) -> None:
-    """Batch by batch through the whole model, until the costs have settled."""
+def take_in_memory(taker: Taker) -> int:
+    """Batch by batch through the whole model, until the costs have settled; how many batches that took."""
     scene, walking = taker.scene, taker.walking
     visit = next(visits_of(taker))
     taker.layer_of = {id(module): layer for layer, module in visit.layers}
     take_up(taker)
-    ends = stops(len(scene.batches))
-    if any(settled(scene, taker.found, n) for n in ends if all(number in taker.counted for number in range(n))):
-        return
+    kept = next(n for n in range(len(scene.batches) + 1) if n not in taker.counted)  # without a gap
+    if (used := settled_after(taker, kept)) is not None:
+        return used
     taker.candidates = candidates(scene, walking, visit, visit.layers)
     taker.done = set(taker.counted)  # from here on: moments were of all batches
     with progress(f"sense: {taker.kind}", len(scene.batches), "batches") as p, watch(walking.model, taker):
@@ -209,12 +208,13 @@ def take_in_memory(taker: Taker) -> None:
             if number not in taker.counted:
                 keep(taker)
             p.step(1)
-            if number + 1 in ends and settled(scene, taker.found, number + 1):
-                return
+            if number >= kept and number + 1 in stops(len(scene.batches)) and settled(scene, taker.found, number + 1):
+                return number + 1
+    raise AssertionError("all batches are always enough")
 
 
-def take_walking(taker: Taker) -> None:
-    """All batches layer by layer: each layer comes once, so costs that settle sooner save nothing here."""
+def take_walking(taker: Taker) -> int:
+    """All batches layer by layer, and how many were enough: each layer comes once, so settling saves nothing here."""
     scene, walking = taker.scene, taker.walking
     with progress(f"sense: {taker.kind}", len(scene.spec.layers), "layers") as p:
         for visit in visits_of(taker):
@@ -240,6 +240,15 @@ def take_walking(taker: Taker) -> None:
                 scene.kept.save(f"layer-{layer.layer}", forms)
             p.step(len(pairs))
             taker.candidates.clear()  # before the next layer comes
+    used = settled_after(taker, len(scene.batches))
+    assert used is not None
+    return used
+
+
+def settled_after(taker: Taker, batches: int) -> int | None:
+    """The fewest of the first batches that are enough; None where more than those are wanted."""
+    ends = [n for n in stops(len(taker.scene.batches)) if n <= batches]
+    return next((n for n in ends if settled(taker.scene, taker.found, n)), None)
 
 
 def stops(batches: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mopeq.checkpoint import find_folder, open_checkpoint
+from mopeq.checkpoint import check_has_config, find_folder, open_checkpoint
 from mopeq.data.benchmarks import kind_of
 from mopeq.data.encode import Batch, batches, model_inputs
 from mopeq.data.joining import joined
@@ -57,8 +57,7 @@ def evaluate(
     save: per-item records (JSON lines). float32 throughout. BadInput for unreadable data or folders.
     """
     folder, _ = find_folder(out)
-    if not (folder / "config.json").exists():
-        raise BadInput(f"{out} has no config.json: it is no checkpoint", "give a folder made by `mopeq quantize`")
+    check_has_config(folder)
     source = None if against is None else find_folder(against)[0]  # a wrong path is said before anything is loaded
     known_rules(rules)
     harness = find_tasks(lm_eval) if lm_eval else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mopeq.checkpoint import find_folder
+from mopeq.checkpoint import check_has_config, find_folder
 from mopeq.data.encode import encode_prompt, model_inputs
 from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item
@@ -28,8 +28,7 @@ def answer(
     are not numbers."""
     folder, _ = find_folder(out)
     check_if_sealed(folder)
-    if not (folder / "config.json").exists():
-        raise BadInput(f"{out} has no config.json: it is no checkpoint", "give a folder made by `mopeq quantize`")
+    check_has_config(folder)
     processor = load_processor(folder)
     for image in images:
         if not Path(image).is_file():
