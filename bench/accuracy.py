@@ -3,6 +3,7 @@
     python bench/accuracy.py --model bench-lm --calib text_calib.jsonl --eval text_eval.jsonl --window 256 -o lm.jsonl
     python bench/accuracy.py --table lm.jsonl --plot lm.svg
 
+The second prints tables and, where its arms are there, what had to be reached beside what was found.
 Every matrix is quantized once per quantizer and format; an arm then puts the dequantized values of its map into the
 model (a checkpoint read back gives the same logits, which `quantize` checks) and measures it against the original.
 The budget of an average is the bytes of `--per expert` at that average; every other arm is given those bytes and
@@ -51,6 +52,15 @@ from mopeq.tensors import QWeight
 from mopeq.tune import tune_scales
 
 AVERAGES = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0)
+KMEANS = {"allocate": "kmeans", "scope": "model", "sensitivity": "hessian"}
+AS_KMEANS = "fisher, projection, at the bytes of kmeans model, hessian"
+# (an arm, the arm it is compared with, at an average or the other's own bytes): ratio of KL at most
+WANTED = {
+    (AS_KMEANS, "kmeans model, hessian", None): "0.50",
+    ("fisher, projection", "random", 2.5): "0.65",
+    ("fisher, projection", "uniform", 3.0): "0.80",
+    ("fisher, projection", "fisher, layer-projection", 2.5): "0.92 language, 0.80 vision-language",
+}
 BESIDE = {"plain gptq": Row("plain_gptq:quantize", "the baseline", needs_data=True, sensed_as="gptq")}
 
 
@@ -200,15 +210,25 @@ class Bench:
             kept |= {"accuracy": sum(tasks.values()) / len(tasks), "tasks": tasks}
         return kept
 
-    def arm(self, name: str, options: dict[str, Any], average: float | None, method: str) -> dict[str, Any]:
-        """Solve one arm's map, put it in, measure."""
-        fit = None
-        if average is not None:
-            fit = replace_options(self.job, avg_bits=average, per="expert").predicted_bytes
+    def solved(self, options: dict[str, Any], fit: int | None, method: str) -> tuple[Job, Any]:
+        """(the arm's job, its map)."""
         job = replace_options(self.job, **{"seed": self.seed, "per": "expert"} | options, fit=fit)
         needs = options.get("allocate") not in ("uniform", "random")
         sensitivity = self.sensitivity(job.options.sensitivity, method, job.options.formats) if needs else None
-        map_ = solve(job, sensitivity)
+        return job, solve(job, sensitivity)
+
+    def bytes_of(self, options: dict[str, Any], method: str) -> int:
+        job, map_ = self.solved(options, None, method)
+        return int(job.fixed + map_.nbytes(job.spec))
+
+    def arm(self, name: str, options: dict[str, Any], average: float | None, method: str) -> dict[str, Any]:
+        """Solve one arm's map, put it in, measure."""
+        fit, options = None, dict(options)
+        if (other := options.pop("bytes_of", None)) is not None:
+            fit = self.bytes_of(other, method)
+        elif average is not None:
+            fit = replace_options(self.job, avg_bits=average, per="expert").predicted_bytes
+        job, map_ = self.solved(options, fit, method)
         tuning = self.put(map_, method)
         code_bits = map_.code_bits(job.spec) / job.spec.expert_params
         facts = {"bytes": job.fixed + map_.nbytes(job.spec), "budget": fit, "code_bits": code_bits, "map": map_.digest}
@@ -293,7 +313,8 @@ def asked_arms(args: argparse.Namespace) -> list[tuple[float | None, str, dict[s
     found = [(a, *arm) for a in map(float, args.averages.split(",")) for arm in arms(a)]
     for scope in ("model", "layer"):
         for s in ("hessian", "hutchinson", "frequency"):
-            found.append((None, f"kmeans {scope}, {s}", {"allocate": "kmeans", "scope": scope, "sensitivity": s}))
+            found.append((None, f"kmeans {scope}, {s}", KMEANS | {"scope": scope, "sensitivity": s}))
+    found.append((None, AS_KMEANS, {"sensitivity": "fisher", "per": "projection", "bytes_of": KMEANS}))
     names, parts = {name for _, name, _ in found}, args.only.split(";")
     return [arm for arm in found if any(arm[1] == part if part in names else part in arm[1] for part in parts)]
 
@@ -303,18 +324,14 @@ def tables(rows: list[dict[str, Any]]) -> None:
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == method]
         budgets = sorted({r["average"] for r in mine if r["average"] is not None})
-        for field in ("kl", "accuracy"):
-            if not all(field in r for r in mine):
+        for field, shown, places in (("kl", "KL", 4), ("ppl", "perplexity", 2), ("accuracy", "accuracy", 4)):
+            if not budgets or not all(field in r for r in mine):
                 continue
-            print(
-                f"\n### {method}, {'KL' if field == 'kl' else field}\n\n| widths by | "
-                + " | ".join(map(str, budgets))
-                + " |"
-            )
+            print(f"\n### {method}, {shown}\n\n| widths by | " + " | ".join(map(str, budgets)) + " |")
             print("|---" * (1 + len(budgets)) + "|")
             for arm in dict.fromkeys(r["arm"] for r in mine if r["average"] is not None):
                 cells = [[r[field] for r in mine if (r["arm"], r["average"]) == (arm, a)] for a in budgets]
-                print(f"| {arm} | " + " | ".join(spread(c) for c in cells) + " |")
+                print(f"| {arm} | " + " | ".join(spread(c, places) for c in cells) + " |")
         clustered = dict.fromkeys(r["arm"] for r in mine if r["average"] is None)
         if clustered:
             print(f"\n| {method}: map | bytes | code bits | KL |\n|---|---|---|---|")
@@ -323,6 +340,23 @@ def tables(rows: list[dict[str, Any]]) -> None:
             print(
                 f"| {arm} | {mean(of, 'bytes'):,.0f} | {mean(of, 'code_bits'):.3f} | {spread([r['kl'] for r in of])} |"
             )
+        reached(mine)
+
+
+def reached(rows: list[dict[str, Any]]) -> None:
+    """Markdown of what had to be reached: ratios of mean KL, and of each seed's, at equal bytes."""
+    lines = []
+    for (arm, beside, average), wanted in WANTED.items():
+        ours, theirs = (
+            {r["seed"]: r["kl"] for r in rows if (r["arm"], r["average"]) == (a, average)} for a in (arm, beside)
+        )
+        if seeds := sorted(ours.keys() & theirs.keys()):
+            ratio = sum(ours[s] for s in seeds) / sum(theirs[s] for s in seeds)
+            each = [ours[s] / theirs[s] for s in seeds]
+            within = f"{ratio:.2f} ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else f"{ratio:.2f}"
+            lines.append(f"| {arm} | {beside} | {average or 'its bytes'} | {wanted} | {within} |")
+    if lines:
+        print("\n| | against | at | ratio at most | found (seeds) |\n|---|---|---|---|---|", *lines, sep="\n")
 
 
 STYLE = """svg{--page:#fdfcfa;--ink:#1b1e24;--soft:#5a616d;--rule:#dedbd4;--h0:#0072b2;--h1:#c24e00;--h2:#00805c;
@@ -395,12 +429,12 @@ def mean(rows: list[dict[str, Any]], field: str) -> float:
     return sum(r[field] for r in rows) / len(rows)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], places: int = 4) -> str:
     """The mean, and half the range where several seeds differ."""
     if not values:
         return ""
     half = (max(values) - min(values)) / 2
-    return f"{sum(values) / len(values):.4f}" + (f" ± {half:.4f}" if half else "")
+    return f"{sum(values) / len(values):.{places}f}" + (f" ± {half:.{places}f}" if half else "")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mopeq.embedded import world
 
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a decoder and a vision tower, and the rate at which they learn. Heads are 32 wide."""
+
+    layers: int
+    hidden: int
+    key_heads: int
+    experts: int
+    chosen: int
+    expert_width: int
+    tower: int
+    rate: float
+
+
+SIZES = {
+    "embedded": Size(5, 192, 2, 24, 4, 64, 96, 2e-3),
+    "middle": Size(6, 320, 2, 32, 4, 112, 256, 1.5e-3),
+}
+HEAD_WIDTH = 32
 VOCABULARY = 1024
 SPECIAL = (
     "<|endoftext|>",
@@ -72,21 +93,21 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def model_config(layers: int = 5, experts: int = 24, chosen: int = 4, width: int = 64, tower: int = 96):
+def model_config(size: Size):
     """The configuration, small in every dimension but of the same shape as the released models'."""
     from transformers import Qwen3VLMoeConfig
 
     text = {
         "vocab_size": VOCABULARY,
-        "hidden_size": 192,
+        "hidden_size": size.hidden,
         "intermediate_size": 256,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "num_experts": experts,
-        "num_experts_per_tok": chosen,
-        "moe_intermediate_size": width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.hidden // HEAD_WIDTH,
+        "num_key_value_heads": size.key_heads,
+        "head_dim": HEAD_WIDTH,
+        "num_experts": size.experts,
+        "num_experts_per_tok": size.chosen,
+        "moe_intermediate_size": size.expert_width,
         "norm_topk_prob": True,  # vLLM reads it; transformers always normalises
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -106,13 +127,13 @@ def model_config(layers: int = 5, experts: int = 24, chosen: int = 4, width: int
     }
     vision = {
         "depth": 4,
-        "hidden_size": tower,
-        "intermediate_size": 2 * tower,
-        "num_heads": tower // 32,
+        "hidden_size": size.tower,
+        "intermediate_size": 2 * size.tower,
+        "num_heads": size.tower // HEAD_WIDTH,
         "patch_size": 8,
         "temporal_patch_size": 2,
         "spatial_merge_size": 2,
-        "out_hidden_size": 192,
+        "out_hidden_size": size.hidden,
         "num_position_embeddings": 144,
         "deepstack_visual_indexes": [1],
     }

@@ -1,6 +1,6 @@
-"""Train mopeq's embedded model from nothing but this repository: one GPU, minutes.
+"""Train mopeq's embedded model, or a larger one of its kind, from nothing but this repository: one GPU, minutes.
 
-    python tools/train_embedded.py --out OUT [--seconds 510] [--seed 0]
+    python tools/train_embedded.py --out OUT [--size middle] [--seconds 510] [--seed 0]
 
 Worker processes draw pictures and questions without end; they are copied into two pools on the card (short and long
 rows). One step (draw rows, forward, backward, clip, AdamW) is one CUDA graph, so the host only says "again". Then the
@@ -539,6 +539,7 @@ def save(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=files.SIZES, default="embedded")
     parser.add_argument("--seconds", type=float, default=510, help="of training proper")
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps instead")
     parser.add_argument("--seed", type=int, default=0)
@@ -550,13 +551,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text-every", type=int, default=6, help="steps to a row of text")
     parser.add_argument("--text-weight", type=float, default=0.3)
     parser.add_argument("--balance", type=float, default=0.01)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, help="default: the size's own")
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--hold", type=float, default=0.4)
     parser.add_argument("--tell", type=float, default=10, help="seconds between lines of the log")
     parser.add_argument("--items", type=int, default=world.ITEMS_PER_TASK, help="held-out items of each task")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.rate = args.rate or files.SIZES[args.size].rate
+    return args
 
 
 def main() -> None:
@@ -569,7 +572,7 @@ def main() -> None:
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(args.seed)
-    config = files.model_config()
+    config = files.model_config(files.SIZES[args.size])
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     initialise(model, config.text_config.num_hidden_layers)
     model.to(args.device)
