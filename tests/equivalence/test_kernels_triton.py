@@ -47,7 +47,7 @@ def test_biases_gates_and_norms(kind: str, case: str) -> None:
     agrees(kind, case)
 
 
-@pytest.mark.parametrize("cut", [(1, 8), (2, 8), (3, 4), (1, 2)])
+@pytest.mark.parametrize("cut", [(1, 8), (2, 8), (3, 4), (1, 4)])
 def test_however_it_is_cut(cut: tuple[int, int], monkeypatch: Any) -> None:
     """Sorted by `routing`, the reduction split, slots taken in turns."""
     split, slots = cut

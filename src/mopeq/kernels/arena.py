@@ -1,15 +1,16 @@
 """One layer's packed experts in one flat buffer, their codes re-ordered for the GPU kernels, and back again.
 
 A matrix's codes lie in tiles of S slots of W inputs: input kt*S*W + s*W + w is slot s of word w of tile kt. Words are
-16 bits and hold the low bits of all S slots, so two neighbouring inputs of one slot come out of a 32-bit register by
-one shift and one mask, and one slot's W inputs share a scale. What does not fit into the words lies in a second plane:
+16 bits, and what does not fit into them lies in a second plane. Two neighbouring inputs of one slot come out of a
+32-bit register by one shift and one mask, and one slot's W inputs share a scale:
 
-    width        slots S   in the words      in the second plane
-    1, 2         8         2 bits a code     nothing
-    3            8         2                 1 bit, a byte for 8 codes
-    4            4         4                 nothing
-    5, 6         4         4                 2 bits, a byte for 4 codes
-    7, 8         4         4                 4 bits, 16 bits for 4 codes
+    width        slots S   word                              second plane, for each word
+    1, 2         8         slot s at bit 2s                  nothing
+    3            8         two halves of 8 bits: slots 0, 1  a byte, halves of 4 bits: slot 2
+                           and 2 bits of slot 3              and the third bit of slot 3
+    4            4         slot s at bit 4s                  nothing
+    5, 6         4         slots 0, 1 and 4 bits of slot 3   a byte: slot 2 and 2 bits of slot 3
+    7, 8         4         4 bits of slot s at bit 4s        16 bits: the other 4 bits
 
 Planes are [tile, out, W], scales and zero points [group, out], so what a program reads lies together. Rows are padded
 to 16, inputs to whole tiles. Odd widths are kept as the next of these; otherwise bytes are those of the checkpoint,
@@ -31,12 +32,27 @@ from mopeq.tensors import QWeight
 
 STORED = {1: 2, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8}  # bits -> bits in the arena
 SLOTS = {2: 8, 3: 8, 4: 4, 6: 4, 8: 4}
-LOW = {2: 2, 3: 2, 4: 4, 6: 4, 8: 4}  # bits of a code in the words
 SECOND = {2: 0, 3: 1, 4: 0, 6: 1, 8: 2}  # bytes of the second plane for each word
+PLANE = {0: torch.uint8, 1: torch.uint8, 2: torch.int16}  # what it is then
 ROWS = 16  # rows of a matrix are padded to a multiple
 WASTE = 1.05  # wider words may pad the inputs by this much
 COLUMNS = ("words", "second", "scales", "zeros", "bits", "group")  # of the table; offsets in units of what is read
 AT_A_TIME = 1 << 24  # codes unpacked at a time while an arena is made
+
+
+def pieces(bits, slot):  # type: ignore[no-untyped-def]
+    """Where a slot's code lies: (plane, first bit there, number of bits, first bit of the code) for each piece.
+
+    Also Triton's, so without annotations.
+    """
+    if bits == 2 or bits == 4:
+        return [(0, bits * slot, bits, 0)]
+    if bits == 8:
+        return [(0, 4 * slot, 4, 0), (1, 4 * slot, 4, 4)]
+    word, byte, third = slot // 4 * 8, slot // 4 * 4, bits // 3
+    if slot % 4 == 3:
+        return [(0, word + 2 * bits, 2 * third, 0), (1, byte + bits, third, 2 * third)]
+    return [(1, byte, bits, 0)] if slot % 4 == 2 else [(0, word + slot % 4 * bits, bits, 0)]
 
 
 def refuses(formats: Mapping[str, list[Format]]) -> str:
@@ -146,18 +162,17 @@ def spans(place: list[int], lay: Layout, fmt: Format) -> list[slice]:
 def write_one(data: Tensor, place: list[int], lay: Layout, q: QWeight) -> None:
     """Put one matrix, codes [out, in], into the arena."""
     bits = STORED[q.format.bits]
-    slots, low, tiles, w = SLOTS[bits], LOW[bits], lay.tiles(bits), lay.words
+    slots, tiles, w = SLOTS[bits], lay.tiles(bits), lay.words
     codes = q.codes.new_zeros(lay.rows, tiles * slots * w)
     codes[: lay.out_features, : lay.in_features] = q.codes
     codes_KNSW = codes.view(lay.rows, tiles, slots, w).transpose(0, 1).int()
-    shift = torch.arange(slots, device=codes.device, dtype=torch.int32).view(1, 1, slots, 1)
-    words = ((codes_KNSW & (2**low - 1)) << (shift * low)).sum(2, dtype=torch.int32)
-    parts = [words.to(torch.int16)]
-    if SECOND[bits]:
-        more = ((codes_KNSW >> low) << (shift * (bits - low))).sum(2, dtype=torch.int32)
-        parts.append(more.to(torch.uint8 if SECOND[bits] == 1 else torch.int16))
-    else:
-        parts.append(words.new_zeros(0, dtype=torch.uint8))
+    planes = [torch.zeros_like(codes_KNSW[:, :, 0]) for _ in range(2)]
+    for slot in range(slots):
+        for plane, first, width, of_code in pieces(bits, slot):
+            planes[plane] |= (codes_KNSW[:, :, slot] >> of_code & 2**width - 1) << first
+    parts = [planes[0].to(torch.int16), planes[1].to(PLANE[SECOND[bits]])]
+    if not SECOND[bits]:
+        parts[1] = parts[1][:0]
     scales = q.scales.new_zeros(q.scales.shape[1], lay.rows)
     scales[:, : lay.out_features] = q.scales.T
     zeros = torch.zeros_like(scales, dtype=torch.uint8)
@@ -169,18 +184,15 @@ def write_one(data: Tensor, place: list[int], lay: Layout, q: QWeight) -> None:
 def read_one(data: Tensor, place: list[int], lay: Layout, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `write_one`: codes uint8 [out, in], scales fp16 and zeros uint8 [out, groups]."""
     bits = STORED[fmt.bits]
-    slots, low, tiles, w = SLOTS[bits], LOW[bits], lay.tiles(bits), lay.words
-    words, second, scales, zeros = (data[span] for span in spans(place, lay, fmt))
-    shift = torch.arange(slots, device=data.device, dtype=torch.int32).view(1, 1, slots, 1)
-
-    def slots_of(plane: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-        values = plane.clone().view(dtype).view(tiles, lay.rows, 1, w).int()
-        return (values >> (shift * width)) & (2**width - 1)
-
-    codes = slots_of(words, torch.int16, low)
-    if SECOND[bits]:
-        codes = codes | slots_of(second, torch.uint8 if SECOND[bits] == 1 else torch.int16, bits - low) << low
+    tiles, w = lay.tiles(bits), lay.words
+    words, second, scales, zeros = (data[span].clone() for span in spans(place, lay, fmt))
+    planes = [words.view(torch.int16), second.view(PLANE[SECOND[bits]])]
+    codes = torch.zeros(tiles, lay.rows, SLOTS[bits], w, dtype=torch.int32, device=data.device)
+    for slot in range(SLOTS[bits]):
+        for plane, first, width, of_code in pieces(bits, slot):
+            there = planes[plane].view(tiles, lay.rows, w).int()
+            codes[:, :, slot] |= (there >> first & 2**width - 1) << of_code
     codes = codes.transpose(0, 1).reshape(lay.rows, -1)[: lay.out_features, : lay.in_features].to(torch.uint8)
     n = lay.out_features
-    of_group = scales.clone().view(torch.float16).view(-1, lay.rows)[:, :n].T.contiguous()
+    of_group = scales.view(torch.float16).view(-1, lay.rows)[:, :n].T.contiguous()
     return codes, of_group, zeros.view(-1, lay.rows)[:, :n].T.contiguous()

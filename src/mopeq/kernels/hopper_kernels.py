@@ -9,7 +9,6 @@ What Triton leaves to chance is written out here, in Gluon: the weights of a slo
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -47,30 +46,16 @@ def fetch(i, first, second, x, x_at, x_k, xs, ws, us, w_at, w_there, u_at, u_the
     async_copy.commit_group()
 
 
-@triton.constexpr_function
-def pair_asm(bits, low, slot, bf16, plane):
-    """`unpack_asm` for pairs: $2 two words, $3 their second plane (two bytes, if `plane`) -> $0, $1 weights."""
-    asm = unpack_asm(bits, low, slot, bf16).replace("mov.b32 $0, t;", "mov.b32 {$0, $1}, t;")
-    asm = asm.replace("$4", "$5").replace("$3", "$4").replace(" $1,", " $2,").replace(" $1;", " $2;")
-    if plane:
-        widen = "{ .reg .b32 more; cvt.u32.u16 more, $3; prmt.b32 more, more, 0, 0x4140;"
-        asm = asm.replace("{", widen, 1).replace("u, $2,", "u, more,")
-    else:
-        asm = asm.replace("u, $2,", "u, $3,")
-    return asm
-
-
 @gluon.jit
 def unpacked(words, second, less, times, BITS: gl.constexpr, SLOT: gl.constexpr, DTYPE: gl.constexpr, A: gl.constexpr):
     """Pairs of words [BN, W / 2] and their second plane -> the weights [BN, W] of a slot."""
-    LOW: gl.constexpr = 2 if BITS <= 3 else 4
     PLANE: gl.constexpr = BITS == 3 or BITS == 6
     kinds: gl.constexpr = "=h,=h,r,h,r,r" if PLANE else "=h,=h,r,r,r,r"
     if gl.bfloat16 == DTYPE:
-        a, b = gl.inline_asm_elementwise(pair_asm(BITS, LOW, SLOT, True, PLANE), kinds, [words, second, less, times],
+        a, b = gl.inline_asm_elementwise(unpack_asm(BITS, SLOT, True, True, True), kinds, [words, second, less, times],
                                          dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
     else:
-        a, b = gl.inline_asm_elementwise(pair_asm(BITS, LOW, SLOT, False, PLANE), kinds, [words, second, less, times],
+        a, b = gl.inline_asm_elementwise(unpack_asm(BITS, SLOT, False, True, True), kinds, [words, second, less, times],
                                          dtype=(gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
     return gl.convert_layout(gl.join(a, b).reshape([words.shape[0], words.shape[1] * 2]), A, assert_trivial=True)
 
@@ -154,12 +139,12 @@ def product_of(place, words, pairs, bytes, halves, n0, x, x_row, BITS: gl.conste
             i = t * R + r
             async_copy.wait_group(AHEAD - 1)
             fence_async_shared()
-            less = twice(subtrahend(zero, BITS, DTYPE, True))
+            less = twice(subtrahend(zero, BITS, DTYPE, True).to(DTYPE))
             times = twice(scale.to(gl.float32).to(DTYPE))
             less_2 = less
             times_2 = times
             if GROUPS == 2:
-                less_2 = twice(subtrahend(zero_2, BITS, DTYPE, True))
+                less_2 = twice(subtrahend(zero_2, BITS, DTYPE, True).to(DTYPE))
                 times_2 = twice(scale_2.to(gl.float32).to(DTYPE))
             k = (i + 1) * BK  # the next stage's
             at = (k // group) * NP + n

@@ -22,7 +22,7 @@ from mopeq.kernels import arena, hopper
 from mopeq.kernels.arena import Arena
 from mopeq.seam import activate
 
-SCAN_PAIRS = 128  # up to here each program finds its tile's pairs itself; above, they are sorted first
+SCAN_PAIRS = 64  # up to here each program finds its tile's pairs itself; above, they are sorted first
 SORTED = 128  # pairs that a program sorts
 MANY = 48  # pairs an expert, on average, from which tiles are large
 
@@ -59,7 +59,7 @@ class Plan:
 
 
 def plan(pairs: int, experts: int, shared_bytes: int) -> Plan:
-    """By the number of (token, choice) pairs and how many an expert gets on average, as measured on an H100;
+    """By the number of (token, choice) pairs and how many an expert gets on average, as measured on H100 and H200;
     `shared_bytes` is the shared memory a program may take, which is smaller on other GPUs."""
     scan = max(8, 1 << (pairs - 1).bit_length()) if pairs <= SCAN_PAIRS else 0
     each = pairs / experts
@@ -67,7 +67,8 @@ def plan(pairs: int, experts: int, shared_bytes: int) -> Plan:
         stages, slots = (3, 8) if shared_bytes >= 221184 else (3, 4) if shared_bytes >= 131072 else (2, 4)
         return Plan(scan, 128, (128, 128), (1, 1), 8, stages, slots)
     tile = 8 if each <= 4 else 16 if each <= 12 else 32
-    return Plan(scan, tile, (64, 64), (2, 1) if pairs <= 1024 else (1, 1), 4, 3, 8)
+    split = (2, 2) if pairs <= 16 else (2, 1) if pairs <= 1024 else (1, 1)
+    return Plan(scan, tile, (64, 64), split, 4, 3, 8)
 
 
 @cache

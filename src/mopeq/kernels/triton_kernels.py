@@ -1,10 +1,12 @@
 """The Triton kernels themselves: products of gathered activations with matrices of any width, read from the arena.
 
 A program makes BM pairs (token, choice) of one expert times BN rows of its matrices. The weights are the left operand
-of the tensor cores, unpacked in registers from the words (`kernels/arena.py`): one shift, one mask that also sets the
-exponent of 128 (bf16) or 1024 (fp16), one subtraction of that and the zero point give two exact integers, one
-multiplication two weights. Few pairs leave most of the GPU idle, so there SPLIT programs share a reduction and the next
-kernel adds their parts. Nothing is added atomically: every run gives the same bits.
+of the tensor cores, made in registers from the words (`kernels/arena.py`): one shift and one mask that also sets the
+exponent of 128 (bf16) or 1024 (fp16) give two codes plus that base. Of few pairs there are few sums, so there (LATE)
+the tensor cores multiply just that, and a group's sum loses base and zero point and gets its scale afterwards; else
+each weight does, by a subtraction and a multiplication for two. Few pairs also leave most of the GPU idle, so there
+SPLIT programs share a reduction and the next kernel adds their parts. Nothing is added atomically: every run gives the
+same bits.
 
 WIDTHS is the set of arena widths in use, as bits of an integer, so that only their loops are compiled. PTX chooses
 NVIDIA's packed instructions; without it plain Triton operations do the same (other GPUs, the interpreter).
@@ -19,68 +21,109 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mopeq.kernels import arena
+
 SILU, GELU, GELU_TANH, RELU, CLAMPED = (tl.constexpr(i) for i in range(1, 6))
 
 
-@triton.constexpr_function
-def unpack_asm(bits, low, slot, bf16):
-    """PTX: $1 two words, $2 their second plane, $3 two of -(base + zero), $4 two scales -> $0 two weights.
+pieces = triton.constexpr_function(arena.pieces)
 
-    `low`: bits of a code in the words. 8 bits in bf16 exceed the mantissa, so there each half of the code is made apart
-    and $3 is -zero.
+
+@triton.constexpr_function
+def unpack_asm(bits, slot, bf16, scaled, pairs):
+    """PTX that makes two weights of a slot, or, unless `scaled`, their codes plus the base.
+
+    $1 two words, $2 their second plane, and if scaled $3 two of -(base + zero), $4 two scales -> $0 two weights. With
+    `pairs` the results are $0 and $1, all else follows, and a second plane of bytes comes as two of them in 16 bits.
+    8 bits in bf16 exceed the mantissa, so there each half of the code is made apart and $3 is -zero.
     """
     kind, base, one = ("bf16x2", "0x43004300", "0x3F803F80") if bf16 else ("f16x2", "0x64006400", "0x3C003C00")
-    high = bits - low
-
-    def pair(mask):
-        return f"0x{mask << 16 | mask:08X}"
-
-    lines = ["{ .reg .b32 t, u, one;", f"mov.b32 one, {one};"]
-    lines.append(f"shr.b32 t, $1, {slot * low};" if slot else "mov.b32 t, $1;")
-    lines.append(f"lop3.b32 t, t, {pair(2**low - 1)}, {base}, 0xEA;")
-    if high and not (bits == 8 and bf16):
-        move = slot * high - low
-        lines.append(f"sh{'r' if move >= 0 else 'l'}.b32 u, $2, {abs(move)};")
-        lines.append(f"and.b32 u, u, {pair((2**high - 1) << low)};")
-        lines.append("or.b32 t, t, u;")
-    if bits == 8 and bf16:
-        lines.insert(1, ".reg .b32 minus, sixteen; mov.b32 minus, 0xC300C300; mov.b32 sixteen, 0x41804180;")
-        lines.append(f"shr.b32 u, $2, {slot * high};")
-        lines.append(f"lop3.b32 u, u, {pair(15)}, {base}, 0xEA;")
+    names = ["{$0, $1}", "$2", "$3", "$4", "$5"] if pairs else ["$0", "$1", "$2", "$3", "$4"]
+    lines = ["{ .reg .b32 t, u, one, minus, sixteen;"]
+    second = names[2]
+    if pairs and (bits == 3 or bits == 6):
+        lines.append(f".reg .b32 more; cvt.u32.u16 more, {second}; prmt.b32 more, more, 0, 0x4140;")
+        second = "more"
+    wide = bits == 8 and bf16
+    at = 0
+    for piece in pieces(bits, slot):
+        to = 0 if wide else piece[3]
+        mask = ((1 << piece[2]) - 1) << to
+        both = f"0x{mask << 16 | mask:08X}"
+        move = piece[1] - to
+        lines.append(f"sh{'r' if move >= 0 else 'l'}.b32 u, {second if piece[0] else names[1]}, {abs(move)};")
+        lines.append(f"lop3.b32 {'u' if wide and at else 't'}, u, {both}, {'t' if at and not wide else base}, 0xEA;")
+        at += 1
+    lines.append(f"mov.b32 one, {one};")
+    if wide:
+        lines.append("mov.b32 minus, 0xC300C300; mov.b32 sixteen, 0x41804180;")
         lines.append(f"fma.rn.{kind} u, u, one, minus; fma.rn.{kind} t, t, one, minus;")
-        lines.append(f"fma.rn.{kind} u, u, sixteen, $3; fma.rn.{kind} t, t, one, u;")
-    else:
-        lines.append(f"fma.rn.{kind} t, t, one, $3;")
-    lines.append(f"mov.b32 u, 0x80008000; fma.rn.{kind} t, t, $4, u;")
-    lines.append("mov.b32 $0, t; }")
+        lines.append(f"fma.rn.{kind} u, u, sixteen, {names[3]}; fma.rn.{kind} t, t, one, u;")
+    elif scaled:
+        lines.append(f"fma.rn.{kind} t, t, one, {names[3]};")
+    if scaled:
+        lines.append(f"mov.b32 u, 0x80008000; fma.rn.{kind} t, t, {names[4]}, u;")
+    lines.append(f"mov.b32 {names[0]}, t; }}")
     return " ".join(lines)
+
+
+@triton.jit
+def code_of(words, second, BITS: tl.constexpr, SLOT: tl.constexpr):
+    """The codes of one slot, int32, by plain operations."""
+    code = words.to(tl.int32) * 0
+    for i in tl.static_range(len(pieces(BITS, SLOT))):
+        PIECE: tl.constexpr = pieces(BITS, SLOT)[i]
+        plane = words
+        if PIECE[0] == 1:
+            plane = second
+        code = code | (((plane.to(tl.int32) & 0xFFFF) >> PIECE[1]) & ((1 << PIECE[2]) - 1)) << PIECE[3]
+    return code
 
 
 @triton.jit
 def unpack(words, second, less, times, BITS: tl.constexpr, SLOT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """The weights of one slot: (code - zero) * scale. `less` as `subtrahend` made it, `times` the scale."""
-    LOW: tl.constexpr = 2 if BITS <= 3 else 4
     if not PTX:
-        code = ((words.to(tl.int32) & 0xFFFF) >> (SLOT * LOW)) & ((1 << LOW) - 1)
-        if BITS > LOW:
-            HIGH: tl.constexpr = BITS - LOW
-            more = ((second.to(tl.int32) & 0xFFFF) >> (SLOT * HIGH)) & ((1 << HIGH) - 1)
-            code = code | (more << LOW)
-        w = ((code.to(tl.float32) + less.to(tl.float32)) * times.to(tl.float32)).to(DTYPE)
+        w = ((code_of(words, second, BITS, SLOT) + less.to(tl.float32)) * times.to(tl.float32)).to(DTYPE)
     elif tl.bfloat16 == DTYPE:
-        w = tl.inline_asm_elementwise(unpack_asm(BITS, LOW, SLOT, True), "=r,r,r,r,r", [words, second, less, times],
-                                      dtype=tl.bfloat16, is_pure=True, pack=2)  # fmt: skip
+        w = tl.inline_asm_elementwise(unpack_asm(BITS, SLOT, True, True, False), "=r,r,r,r,r",
+                                      [words, second, less, times], dtype=tl.bfloat16, is_pure=True,
+                                      pack=2)  # fmt: skip
     else:
-        w = tl.inline_asm_elementwise(unpack_asm(BITS, LOW, SLOT, False), "=r,r,r,r,r", [words, second, less, times],
-                                      dtype=tl.float16, is_pure=True, pack=2)  # fmt: skip
+        w = tl.inline_asm_elementwise(unpack_asm(BITS, SLOT, False, True, False), "=r,r,r,r,r",
+                                      [words, second, less, times], dtype=tl.float16, is_pure=True,
+                                      pack=2)  # fmt: skip
     return w
 
 
 @triton.jit
+def unpack_late(words, second, BITS: tl.constexpr, SLOT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The codes of one slot, plus the base where `subtrahend` takes that off; and ones in the same shape.
+
+    The ones are made from the words too, so that Triton lays them out as the codes and reads activations once.
+    """
+    if not PTX:
+        code = code_of(words, second, BITS, SLOT)
+        w = code.to(DTYPE)
+        one = (code * 0 + 1).to(DTYPE)
+    elif tl.bfloat16 == DTYPE:
+        w = tl.inline_asm_elementwise(unpack_asm(BITS, SLOT, True, False, False), "=r,r,r", [words, second],
+                                      dtype=tl.bfloat16, is_pure=True, pack=2)  # fmt: skip
+        one = tl.inline_asm_elementwise("mov.b32 $0, 0x3F803F80;", "=r,r,r", [words, second], dtype=tl.bfloat16,
+                                        is_pure=True, pack=2)  # fmt: skip
+    else:
+        w = tl.inline_asm_elementwise(unpack_asm(BITS, SLOT, False, False, False), "=r,r,r", [words, second],
+                                      dtype=tl.float16, is_pure=True, pack=2)  # fmt: skip
+        one = tl.inline_asm_elementwise("mov.b32 $0, 0x3C003C00;", "=r,r,r", [words, second], dtype=tl.float16,
+                                        is_pure=True, pack=2)  # fmt: skip
+    return w, one
+
+
+@triton.jit
 def subtrahend(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Minus the zero point, and minus the base where `unpack` leaves that in."""
+    """Minus the zero point, and minus the base where unpacking leaves that in; float32."""
     base: tl.constexpr = 0.0 if not PTX else 1024.0 if tl.bfloat16 != DTYPE else 0.0 if BITS == 8 else 128.0
-    return (-base - zero.to(tl.float32)).to(DTYPE)
+    return -base - zero.to(tl.float32)
 
 
 @triton.jit
@@ -113,10 +156,13 @@ def product_of(acc, place, part, words, bytes, halves, n, x, x_row, x_ok, BITS: 
     STEPS: tl.constexpr = (TILES * (S // Q) + SPLIT - 1) // SPLIT
     RUN: tl.constexpr = min(Q, GROUP // W)  # slots that share a scale
     WHOLE: tl.constexpr = K % (Q * W * SPLIT) == 0
+    FULL: tl.constexpr = WHOLE and NP % BN == 0  # nothing is masked
+    EVEN: tl.constexpr = UNIFORM and (Q * W) % GROUP == 0
+    LATE: tl.constexpr = BM <= 8 and (BITS < 8 or tl.bfloat16 != DTYPE)
     first = words + tl.multiple_of(tl.load(place), 8)
     at_second = tl.multiple_of(tl.load(place + 1), 8)
-    scales = halves + tl.multiple_of(tl.load(place + 2), 8)
-    zeros = bytes + tl.multiple_of(tl.load(place + 3), 16)
+    scales = halves + tl.multiple_of(tl.load(place + 2), 8) + n
+    zeros = bytes + tl.multiple_of(tl.load(place + 3), 16) + n
     group = tl.load(place + 5).to(tl.int32)
     if UNIFORM:
         group = GROUP
@@ -147,18 +193,40 @@ def product_of(acc, place, part, words, bytes, halves, n, x, x_row, x_ok, BITS: 
             s_there = n < NP
             if not WHOLE:
                 s_there = n < tl.where(k < K, NP, 0)
-            s_at = (k // group) * NP + n
-            zero = tl.load(zeros + s_at, mask=s_there, other=0)
-            scale = tl.load(scales + s_at, mask=s_there, other=0.0).to(tl.float32).to(DTYPE)
-            less = tl.broadcast_to(subtrahend(zero, BITS, DTYPE, PTX)[:, None], [BN, W])
-            times = tl.broadcast_to(scale[:, None], [BN, W])
+            if EVEN:
+                zero_at = zeros + (k0 // GROUP) * NP + r * (RUN * W // GROUP * NP)  # constant steps from one place
+                scale_at = scales + (k0 // GROUP) * NP + r * (RUN * W // GROUP * NP)
+            else:
+                zero_at = zeros + (k // group) * NP
+                scale_at = scales + (k // group) * NP
+            if FULL:
+                zero = tl.load(zero_at)
+                scale = tl.load(scale_at).to(tl.float32)
+            else:
+                zero = tl.load(zero_at, mask=s_there, other=0)
+                scale = tl.load(scale_at, mask=s_there, other=0.0).to(tl.float32)
+            less = subtrahend(zero, BITS, DTYPE, PTX)
+            if LATE:
+                sums = tl.zeros([BN, BM], tl.float32)
+                counts = tl.zeros([BN, BM], tl.float32)
+            else:
+                less_each = tl.broadcast_to(less.to(DTYPE)[:, None], [BN, W])
+                times_each = tl.broadcast_to(scale.to(DTYPE)[:, None], [BN, W])
             for j in tl.static_range(RUN):  # slot r * RUN + j of every word
                 k = k0 + (r * RUN + j) * W
                 if WHOLE:
                     x_tile = tl.load(x + x_at + k, mask=x_ok[None, :], other=0.0)
                 else:
                     x_tile = tl.load(x + x_at + k, mask=x_ok[None, :] & (k + w < K)[:, None], other=0.0)
-                acc = tl.dot(unpack(lo, hi, less, times, BITS, r * RUN + j, DTYPE, PTX), x_tile, acc)
+                if LATE:
+                    a, one = unpack_late(lo, hi, BITS, r * RUN + j, DTYPE, PTX)
+                    sums = tl.dot(a, x_tile, sums)
+                    counts = tl.dot(one, x_tile, counts)
+                else:
+                    a = unpack(lo, hi, less_each, times_each, BITS, r * RUN + j, DTYPE, PTX)
+                    acc = tl.dot(a, x_tile, acc)
+            if LATE:
+                acc += scale[:, None] * (sums + less[:, None] * counts)
     return acc
 
 
