@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-from mopeq.plugins.experts import untouched
+from mopeq.plugins.held import untouched
 from mopeq.verbs.bench import routings, shape_of, time_calls, whole_numbers
 from mopeq.verbs.layers import Shape, bytes_touched, random_experts
 

@@ -54,6 +54,14 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     return codes.flatten(-2)[..., :n]
 
 
+def unpack_some(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """`unpack_bits(packed, bits, n)[..., index]`, index [m], without unpacking the others."""
+    first, shift = index * bits // 8, index * bits % 8
+    second = (first + 1).clamp(max=packed.shape[-1] - 1)  # of a code that ends in its first byte nothing is taken
+    both = packed[..., first].to(torch.int32) | packed[..., second].to(torch.int32) << 8
+    return (both >> shift & (2**bits - 1)).to(torch.uint8)
+
+
 def per_input(group_values: Tensor, group_size: int, n: int) -> Tensor:
     """Values of each group [..., G] spread over the inputs of the group [..., n]; the last group may be shorter."""
     return group_values.repeat_interleave(group_size, dim=-1)[..., :n]

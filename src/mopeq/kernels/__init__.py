@@ -1,4 +1,7 @@
-"""Kernels: one layer's experts from packed codes. `ref` is the truth; every other answers to it."""
+"""Kernels: one layer's experts from packed codes. `ref` is the truth; every other answers to it.
+
+`linear` is the same for a matrix that stands alone (`--other-bits` 4 or 8).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,11 @@ KERNELS: dict[str, Row] = {
     ),
     "triton": Row("mopeq.kernels.triton:experts_forward", "GPUs: all widths in one launch, weights read packed"),
     "cpu": Row("mopeq.kernels.cpu:experts_forward", "CPUs, few tokens: packed rows read once (AVX-512, AVX2, plain C)"),
+}
+
+LINEAR: dict[str, Row] = {
+    "torch": Row("mopeq.kernels.grouped:linear", "torch, a bounded number of rows unpacked at a time"),
+    "cpu": Row("mopeq.kernels.cpu:linear", "CPUs, few tokens: packed rows read once"),
 }
 
 _said: set[str] = set()
@@ -53,7 +61,7 @@ def refusal(name: str, experts: Any, x: Tensor) -> str:
         return triton.refuses(experts, x)
     from mopeq.kernels import cpu
 
-    return cpu.refuses(experts, x)
+    return cpu.refuses({fmt for p in experts.projections for fmt in experts.formats[p]}, x)
 
 
 def suits_cpu(experts: Any, index: Tensor) -> bool:
@@ -69,3 +77,20 @@ def tell(line: str) -> None:
     if line not in _said:
         _said.add(line)
         say(line)
+
+
+def linear(matrix: Any, x: Tensor) -> Tensor:
+    """x [..., in] times the transpose of a PackedMatrix -> [..., out], by the kernel that `choose_linear` names."""
+    return pick(LINEAR, choose_linear(matrix, x), "kernel")(matrix, x)  # type: ignore[no-any-return]
+
+
+def choose_linear(matrix: Any, x: Tensor) -> str:
+    """The kernel for a PackedMatrix and activations."""
+    import torch
+
+    from mopeq.kernels import cpu
+
+    if (x.requires_grad and torch.is_grad_enabled()) or x.device.type != "cpu":
+        return "torch"
+    few = x.numel() <= cpu.FEW * matrix.in_features
+    return "cpu" if few and not cpu.refuses({matrix.format}, x) else "torch"

@@ -7,7 +7,8 @@
 
      AVX-512 (VBMI, VNNI)  128 codes of up to 4 bits: one byte permute, one multishift, one shift, two masks, six dot
                            products; twice the unpacking above
-     AVX2                  16 codes: one byte shuffle, multiply as variable shift, one mask, one multiply-add
+     AVX2                  128 codes of 4 bits: two loads, two shifts, four masks, twelve multiply-adds; at 3 bits four
+                           byte shuffles, multiplications as variable shifts and two packs more; above 5 bits by halves
      plain C               whatever the compiler makes of it
 
    sum_k (code - zero) * scale * x  =  sum_groups scale * (sum code * x  -  zero * sum x). */
@@ -43,8 +44,8 @@ typedef struct {
 /* Quantized rows; stride is `in` rounded up to STEP. x = scale * ((high * 128 + mid) * 128 + low), mid and low from -64
    to 63. */
 typedef struct {
-    int8_t *parts;     /* [rows, 3 * stride]; AVX-512: for each step, high, mid, low as `place` has it; else the
-                          words high * 128 + mid as int16, then low */
+    int8_t *parts;     /* [rows, 3 * stride]; for each step, high, mid, low as `place` has it; plain C:
+                          the words high * 128 + mid as int16, then low */
     float *scale;      /* [rows, stride / BLOCK] */
     float *block_sums; /* [rows, stride / BLOCK]  sums of the quantized x */
     float *unit_sums;  /* [rows, stride / UNIT] */
@@ -52,10 +53,11 @@ typedef struct {
     int64_t stride;
 } Activations;
 
-/* AVX-512 wants a step's two blocks in turn, 4 bytes each, so that two scales broadcast as one 64-bit word meet their
-   own: of each 8 values those at even places in one vector, those at odd places in a second, since a shifted byte of
-   codes of up to 4 bits holds two neighbours. */
-INLINE void place(const int8_t *from, int8_t *to, int64_t second_block) {
+/* Where a step's two blocks lie: of each 8 values those at even places in one vector, those at odd places in a second,
+   since a shifted byte of codes of up to 4 bits holds two neighbours. AVX-512 wants the blocks in turn, 4 bytes each, so
+   that two scales broadcast as one 64-bit word meet their own; AVX2 a block in each half of a vector, 32 values a pair of
+   vectors. */
+INLINE void place(int level, const int8_t *from, int8_t *to, int64_t second_block) {
     for (int q = 0; q < 8; q++)
         for (int odd = 0; odd < 2; odd++) {
             uint64_t v;
@@ -63,7 +65,9 @@ INLINE void place(const int8_t *from, int8_t *to, int64_t second_block) {
             v = v >> 8 * odd & 0x00FF00FF00FF00FF;
             v = (v | v >> 8) & 0x0000FFFF0000FFFF;
             uint32_t four = (uint32_t)(v | v >> 16);
-            memcpy(to + 64 * odd + 8 * q + 4 * second_block, &four, 4);
+            int64_t at = level == 2 ? 64 * odd + 8 * q + 4 * second_block
+                                    : 64 * (q / 4) + 32 * odd + 16 * second_block + 4 * (q % 4);
+            memcpy(to + at, &four, 4);
         }
 }
 
@@ -95,9 +99,10 @@ INLINE void quantize_block(int level, const float *x, int64_t n, const Activatio
     }
     if (!sane) scale = 0.0f / 0.0f; /* infinite and NaN activations give NaN, as any product would */
     int8_t *to = a->parts + row * 3 * a->stride;
-    if (level == 2) {
+    if (level) {
         to += block / 2 * 3 * STEP;
-        place(high, to, block % 2), place(mid, to + STEP, block % 2), place(low, to + 2 * STEP, block % 2);
+        place(level, high, to, block % 2), place(level, mid, to + STEP, block % 2);
+        place(level, low, to + 2 * STEP, block % 2);
     } else {
         memcpy(to + 2 * block * BLOCK, words, sizeof words);
         memcpy(to + 2 * a->stride + block * BLOCK, low, sizeof low);
@@ -178,46 +183,143 @@ static void dot_plain(const uint8_t *codes, int64_t row_bytes, int bits, const f
 }
 
 #if X86
-TARGET_AVX2 static void dot_avx2(const uint8_t *codes, int64_t row_bytes, int bits, const float *scales,
-                                 const Activations *a, const int32_t *rows, int m, float *out, int uniform) {
-    uint8_t pick[32];
-    int16_t factor[16];
-    for (int i = 0; i < 16; i++) { /* a code lies in two bytes; times 2^(8 - shift), then >> 8, brings it to bit 0 */
-        int byte = (i % 8) * bits / 8, shift = (i % 8) * bits % 8;
-        pick[2 * i] = (uint8_t)byte, pick[2 * i + 1] = (uint8_t)(byte + 1 < 8 ? byte + 1 : 0x80);
-        factor[i] = (int16_t)(1 << (8 - shift));
-    }
-    int64_t steps = a->stride / (uniform ? BLOCK : UNIT);
-    const __m256i pick_v = _mm256_loadu_si256((const __m256i *)pick);
-    const __m256i factor_v = _mm256_loadu_si256((const __m256i *)factor);
-    const __m256i mask_v = _mm256_set1_epi16((int16_t)((1 << bits) - 1));
-    for (int r0 = 0; r0 < m; r0 += 4) {
-        int ms = m - r0 < 4 ? m - r0 : 4;
-        __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-        for (int64_t at = 0; at < a->stride; at += UNIT) {
-            const uint8_t *p = codes + at * bits / 8;
-            int64_t left = row_bytes - at * bits / 8;
-            uint64_t first = read_bytes(p, left), second = read_bytes(p + bits, left - bits);
-            __m256i v = _mm256_set_epi64x(0, (long long)second, 0, (long long)first);
-            v = _mm256_mullo_epi16(_mm256_shuffle_epi8(v, pick_v), factor_v);
-            v = _mm256_and_si256(_mm256_srli_epi16(v, 8), mask_v);
-            for (int r = 0; r < ms; r++) {
-                const int8_t *parts = a->parts + rows[r0 + r] * 3 * a->stride;
-                __m256i x = _mm256_loadu_si256((const __m256i *)(parts + 2 * at));
-                __m256i rest = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(parts + 2 * a->stride + at)));
-                __m256i whole = _mm256_slli_epi32(_mm256_madd_epi16(v, x), 7);
-                __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(whole, _mm256_madd_epi16(v, rest)));
-                float s = scales[(r0 + r) * steps + (uniform ? at / BLOCK : at / UNIT)];
-                sum[r] = _mm256_fmadd_ps(dot, _mm256_set1_ps(s), sum[r]);
+/* By width, which two bytes of 16 hold each wanted bit field, and the factor that brings its first bit to bit 8: up to 4
+   bits, pairs of codes, of the first 16 and of the next; above, even codes and odd ones. */
+static uint8_t fields[9][2][32];
+static int16_t raise[9][2][16];
+
+__attribute__((constructor)) static void make_tables_avx2(void) {
+    for (int bits = 1; bits <= 8; bits++)
+        for (int which = 0; which < 2; which++)
+            for (int i = 0; i < 16; i++) {
+                int bit = bits <= 4 ? 2 * bits * (i % 8 + 8 * which) : bits * (2 * (i % 8) + which);
+                fields[bits][which][2 * i] = (uint8_t)(bit / 8), fields[bits][which][2 * i + 1] = (uint8_t)(bit / 8 + 1);
+                raise[bits][which][i] = (int16_t)(1 << (8 - bit % 8));
             }
-        }
-        for (int r = 0; r < ms; r++) {
-            __m128 h = _mm_add_ps(_mm256_castps256_ps128(sum[r]), _mm256_extractf128_ps(sum[r], 1));
-            h = _mm_add_ps(h, _mm_movehl_ps(h, h));
-            out[r0 + r] = _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
-        }
+}
+
+INLINE TARGET_AVX2 __m256i two_lanes(const uint8_t *p, const uint8_t *q) {
+    __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i *)q), 1);
+}
+
+/* The wanted fields of 16 bytes in 16 bits each, and whatever follows them up to the eighth bit. */
+INLINE TARGET_AVX2 __m256i field(int bits, int which, __m256i v) {
+    v = _mm256_shuffle_epi8(v, _mm256_loadu_si256((const __m256i *)fields[bits][which]));
+    v = _mm256_mullo_epi16(v, _mm256_loadu_si256((const __m256i *)raise[bits][which]));
+    return _mm256_srli_epi16(v, 8);
+}
+
+/* Even and odd codes of 32 at p, beside those of 32 a block later. */
+INLINE TARGET_AVX2 void unpack_avx2(int bits, const uint8_t *p, __m256i *even, __m256i *odd) {
+    const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1)), bytes = _mm256_set1_epi16(255);
+    const uint8_t *q = p + 8 * bits;
+    __m256i v = two_lanes(p, q), w;
+    if (bits <= 4) {
+        if (bits == 2)
+            v = _mm256_unpacklo_epi8(v, _mm256_srli_epi16(v, 4));
+        else if (bits != 4)
+            v = _mm256_packus_epi16(field(bits, 0, v), field(bits, 1, v));
+        *even = _mm256_and_si256(v, mask), *odd = _mm256_and_si256(_mm256_srli_epi16(v, bits), mask);
+        return;
+    }
+    w = two_lanes(p + 2 * bits, q + 2 * bits);
+    if (bits == 8) {
+        *even = _mm256_packus_epi16(_mm256_and_si256(v, bytes), _mm256_and_si256(w, bytes));
+        *odd = _mm256_packus_epi16(_mm256_srli_epi16(v, 8), _mm256_srli_epi16(w, 8));
+        return;
+    }
+    *even = _mm256_and_si256(_mm256_packus_epi16(field(bits, 0, v), field(bits, 0, w)), mask);
+    *odd = _mm256_and_si256(_mm256_packus_epi16(field(bits, 1, v), field(bits, 1, w)), mask);
+}
+
+/* 32 sums of a few codes times the three parts of as many x: `n` vectors of each, from the part's vector `first` on. */
+INLINE TARGET_AVX2 __m256i dot_parts(const __m256i *v, const int8_t *x, int first, int n) {
+    __m256i dot = _mm256_setzero_si256();
+    for (int part = 0; part < 3; part++) {
+        const __m256i *of = (const __m256i *)(x + part * STEP) + first;
+        __m256i sum = _mm256_maddubs_epi16(v[first], _mm256_loadu_si256(of));
+        for (int k = 1; k < n; k++)
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(v[first + k], _mm256_loadu_si256(of + k)));
+        dot = _mm256_add_epi32(dot, _mm256_madd_epi16(sum, _mm256_set1_epi16((int16_t)(1 << (14 - 7 * part)))));
+    }
+    return dot;
+}
+
+/* One step of a row of codes at p times `ms` activations: see dot_avx2. Codes of up to 5 bits fit: four products of two
+   bytes in 16 bits, sixteen of a code and an x in 32. Wider ones go by their lower four bits and the others. */
+INLINE TARGET_AVX2 void step_avx2(int bits, int ms, const uint8_t *p, int64_t s, const int8_t *const *x,
+                                  const float *scales, int64_t per_row, int uniform, __m256 *sum) {
+    const __m256i of_block = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), four = _mm256_set1_epi8(15);
+    const __m256i of_unit[2] = {_mm256_setr_epi32(0, 0, 1, 1, 4, 4, 5, 5), _mm256_setr_epi32(2, 2, 3, 3, 6, 6, 7, 7)};
+    __m256i v[2][4];
+    unpack_avx2(bits, p, &v[0][0], &v[0][1]), unpack_avx2(bits, p + 4 * bits, &v[0][2], &v[0][3]);
+    for (int k = 0; k < 4 && bits > 5; k++) {
+        v[1][k] = _mm256_and_si256(_mm256_srli_epi16(v[0][k], 4), four);
+        v[0][k] = _mm256_and_si256(v[0][k], four);
+    }
+    for (int r = 0; r < ms; r++) {
+        const int8_t *of = x[r] + s * 3 * STEP;
+        const float *scale = scales + r * per_row + s * (uniform ? 2 : 8);
+        __m256 by[2];
+        if (uniform)
+            by[0] = _mm256_permutevar8x32_ps(
+                _mm256_castpd_ps(_mm256_castpd128_pd256(_mm_load_sd((const double *)scale))), of_block);
+        else
+            for (int half = 0; half < 2; half++)
+                by[half] = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scale), of_unit[half]);
+        for (int upper = 0; upper < (bits > 5 ? 2 : 1); upper++)
+            for (int half = 0; half < (uniform ? 1 : 2); half++) {
+                __m256i dot = dot_parts(v[upper], of, 2 * half, uniform ? 4 : 2);
+                __m256 b = upper ? _mm256_mul_ps(by[half], _mm256_set1_ps(16)) : by[half];
+                sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), b, sum[r]);
+            }
     }
 }
+
+INLINE TARGET_AVX2 void dot_avx2(int bits, int ms, const uint8_t *codes, int64_t row_bytes, const float *scales,
+                                 const Activations *a, const int32_t *rows, float *out, int uniform) {
+    const int64_t steps = a->stride / STEP, per_row = steps * (uniform ? 2 : 8);
+    const int reads = (bits > 4 ? 14 : 12) * bits + 16; /* of a step */
+    int64_t s = 0, inside = row_bytes < reads ? 0 : (row_bytes - reads) / (16 * bits) + 1;
+    const int8_t *x[4];
+    __m256 sum[4];
+    for (int r = 0; r < ms; r++) x[r] = a->parts + rows[r] * 3 * a->stride, sum[r] = _mm256_setzero_ps();
+    for (; s < inside; s++) {
+        const uint8_t *p = codes + s * 16 * bits;
+        _mm_prefetch((const char *)(p + NEAR), _MM_HINT_T0), _mm_prefetch((const char *)(p + FAR), _MM_HINT_T1);
+        if (bits > 4) _mm_prefetch((const char *)(p + FAR + 64), _MM_HINT_T1);
+        step_avx2(bits, ms, p, s, x, scales, per_row, uniform, sum);
+    }
+    for (; s < steps; s++) {
+        uint8_t rest[16 * 8 + 16] = {0};
+        int64_t left = row_bytes - s * 16 * bits;
+        memcpy(rest, codes + s * 16 * bits, left < 0 ? 0 : left < 16 * bits ? left : 16 * bits);
+        step_avx2(bits, ms, rest, s, x, scales, per_row, uniform, sum);
+    }
+    for (int r = 0; r < ms; r++) {
+        __m128 h = _mm_add_ps(_mm256_castps256_ps128(sum[r]), _mm256_extractf128_ps(sum[r], 1));
+        h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+        out[r] = _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+    }
+}
+
+#define DOTS_OF_256(BITS)                                                                                             \
+    TARGET_AVX2 static void dot_avx2_##BITS(int ms, const uint8_t *codes, int64_t row_bytes, const float *scales,     \
+                                            const Activations *a, const int32_t *rows, float *out, int uniform) {     \
+        if (uniform && ms == 1)                                                                                       \
+            dot_avx2(BITS, 1, codes, row_bytes, scales, a, rows, out, 1);                                             \
+        else if (ms == 4)                                                                                             \
+            dot_avx2(BITS, 4, codes, row_bytes, scales, a, rows, out, uniform);                                       \
+        else if (ms == 2)                                                                                             \
+            dot_avx2(BITS, 2, codes, row_bytes, scales, a, rows, out, uniform);                                       \
+        else                                                                                                          \
+            dot_avx2(BITS, 1, codes, row_bytes, scales, a, rows, out, uniform);                                       \
+    }
+DOTS_OF_256(1) DOTS_OF_256(2) DOTS_OF_256(3) DOTS_OF_256(4) DOTS_OF_256(5) DOTS_OF_256(6) DOTS_OF_256(7) DOTS_OF_256(8)
+typedef void DotAvx2(int, const uint8_t *, int64_t, const float *, const Activations *, const int32_t *, float *, int);
+static DotAvx2 *const DOTS_AVX2[9] = {0, dot_avx2_1, dot_avx2_2, dot_avx2_3, dot_avx2_4,
+                                      dot_avx2_5, dot_avx2_6, dot_avx2_7, dot_avx2_8};
 
 /* Constants by width: which bytes a permute brings together and at which bit of its 64-bit word each wanted byte then
    begins, for a step, and for 64 codes in their own order; the places of even and odd codes of two vectors; an 8 x 8
@@ -377,6 +479,51 @@ TARGET_512 static void prepare_512(const uint16_t *scales, const uint8_t *zeros,
         prepare_some(scales, zeros, middle, taken, m, a, rows, sums, groups, per, uniform, of_step, to, start);
 }
 
+/* prepare_512 in 8 lanes; what is written past a row's steps is written over by the next row, or lies in the room. */
+INLINE TARGET_AVX2 void prepare_some_avx2(const uint16_t *scales, const uint8_t *zeros, int middle, int taken, int m,
+                                          const Activations *a, const int32_t *rows, const float *sums, int64_t groups,
+                                          int64_t per, int uniform, const int32_t *of_step, float *to, float *start) {
+    const __m256i quarter = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    int64_t blocks = a->stride / BLOCK, steps = uniform ? blocks : a->stride / UNIT;
+    for (int i = 0; i < taken; i++, scales += groups, zeros += 16)
+        for (int r = 0; r < m; r++, to += steps, start += 16) {
+            const float *x_scale = a->scale + rows[r] * blocks, *sum = sums + r * groups;
+            __m256 less = _mm256_setzero_ps();
+            for (int64_t g = 0; g * per < steps; g += 8) {
+                int64_t left = groups - g;
+                uint16_t few[8] = {0};
+                if (left < 8) memcpy(few, scales + g, left < 0 ? 0 : 2 * left);
+                __m256 s = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(left < 8 ? few : scales + g)));
+                __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(left < 0 ? 0 : left > 8 ? 8 : (int)left), lanes);
+                __m256 x = left < 8 ? _mm256_maskload_ps(sum + g, there) : _mm256_loadu_ps(sum + g);
+                __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(zeros + g / 16 * 128 + g % 16)));
+                __m256 zero = middle ? _mm256_set1_ps((float)middle) : _mm256_cvtepi32_ps(z);
+                less = _mm256_fnmadd_ps(_mm256_mul_ps(s, zero), x, less);
+                for (int64_t j = 0, u = g * per; j < per && u < steps; j++, u += 8) {
+                    __m256 by = uniform ? _mm256_loadu_ps(x_scale + u)
+                                        : _mm256_permutevar8x32_ps(
+                                              _mm256_castps128_ps256(_mm_loadu_ps(x_scale + u / 4)), quarter);
+                    if (per > 1)
+                        by = _mm256_mul_ps(by, _mm256_permutevar8x32_ps(
+                                                   s, _mm256_loadu_si256((const __m256i *)(of_step + 8 * j))));
+                    else
+                        by = _mm256_mul_ps(by, s);
+                    _mm256_storeu_ps(to + u, by);
+                }
+            }
+            _mm256_storeu_ps(start, less), _mm256_storeu_ps(start + 8, _mm256_setzero_ps());
+        }
+}
+
+TARGET_AVX2 static void prepare_avx2(const uint16_t *scales, const uint8_t *zeros, int middle, int taken, int m,
+                                     const Activations *a, const int32_t *rows, const float *sums, int64_t groups,
+                                     int64_t per, int uniform, const int32_t *of_step, float *to, float *start) {
+    if (uniform && per == 1) /* the usual case, compiled apart */
+        prepare_some_avx2(scales, zeros, middle, taken, m, a, rows, sums, groups, 1, 1, of_step, to, start);
+    else
+        prepare_some_avx2(scales, zeros, middle, taken, m, a, rows, sums, groups, per, uniform, of_step, to, start);
+}
+
 /* eight_zeros for AVX-512. */
 TARGET_512 static void zeros_512(const uint8_t *p, int64_t stride, int64_t left, int bits, int64_t groups,
                                  uint8_t *zeros) {
@@ -528,7 +675,7 @@ INLINE void some_rows(int level, const Matrix *w, int64_t in, int64_t out, int64
     int uniform = w->group % BLOCK == 0, middle = w->zeros ? 0 : 1 << (w->bits - 1);
     int64_t steps = uniform ? blocks : units, per = w->group / (uniform ? BLOCK : UNIT);
     const float *step_sums = uniform ? a->block_sums : a->unit_sums;
-    int batch = m == 1 ? 8 : 1, fast = level == 2 && per <= 16;
+    int batch = m == 1 ? 8 : 1, fast = level && per <= 16;
     int32_t of_step[256];
     float *s = scratch, *zs = s + room, *spread_out = zs + room, *sums = spread_out + room;
     uint8_t *zeros = (uint8_t *)(sums + m * room); /* 8 rows of them */
@@ -546,7 +693,10 @@ INLINE void some_rows(int level, const Matrix *w, int64_t in, int64_t out, int64
         for (int64_t n = n8; n < n8 + 8 && n < last; n += batch) {
             int taken = batch < last - n ? batch : (int)(last - n);
 #if X86
-            if (fast)
+            if (fast && level == 1)
+                prepare_avx2(w->scales + n * groups, zeros + n % 8 * 16, middle, taken, m, a, rows, sums, groups, per,
+                             uniform, of_step, both, start);
+            else if (fast)
                 prepare_512(w->scales + n * groups, zeros + n % 8 * 16, middle, taken, m, a, rows, sums, groups, per,
                             uniform, of_step, both, start);
 #endif
@@ -588,7 +738,11 @@ INLINE void some_rows(int level, const Matrix *w, int64_t in, int64_t out, int64
                     float *d = dots + i * m;
 #if X86
                     if (level == 1)
-                        dot_avx2(row, row_bytes, w->bits, both + i * m * steps, a, rows, m, d, uniform);
+                        for (int r = 0, ms; r < m; r += ms) {
+                            ms = m - r < 2 ? 1 : m - r < 4 ? 2 : 4;
+                            DOTS_AVX2[w->bits](ms, row, row_bytes, both + (i * m + r) * steps, a, rows + r, d + r,
+                                               uniform);
+                        }
                     else
 #endif
                         dot_plain(row, row_bytes, w->bits, both + i * m * steps, a, rows, m, d, uniform);

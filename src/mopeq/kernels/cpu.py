@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mopeq.kernels.build import library
 from mopeq.kernels.triton import gate_of
+from mopeq.nouns import Format
 from mopeq.seam import activate
 
 UNIT = 16  # as in cpu.c
@@ -28,11 +29,11 @@ KEPT = 1 << 23  # bytes of room that are kept for a thread's next call
 SILU = 1  # of triton.gate_of
 
 
-def refuses(experts: Any, x: Tensor) -> str:
-    """Why this kernel cannot run these experts on these activations, or ""."""
+def refuses(formats: set[Format], x: Tensor) -> str:
+    """Why this kernel cannot multiply matrices of these formats by these activations, or ""."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype} on {x.device.type}"
-    if any(fmt.group_size % UNIT for p in experts.projections for fmt in set(experts.formats[p])):
+    if any(fmt.group_size % UNIT for fmt in formats):
         return f"a group size that is no multiple of {UNIT}"
     return library()[1]
 
@@ -134,17 +135,52 @@ def call(
 
     `level` forces an instruction set (2 AVX-512, 1 AVX2, 0 plain C); -1 is the machine's best.
     """
-    lib, at = library()[0], layer_of(experts).addresses
+    at = layer_of(experts).addresses
+    multiply(
+        [at[name] for name in names], experts.num_experts, experts.shapes[names[0]], x_RN, index_RK, weight_RK, y, level
+    )
+
+
+def linear(matrix: Any, x: Tensor) -> Tensor:
+    """x [..., in] times a PackedMatrix's transpose -> [..., out]."""
+    x_RN = x.reshape(-1, matrix.in_features).float().contiguous()
+    y_RN = torch.empty(x_RN.shape[0], matrix.out_features)
+    row = np.zeros(1, MATRIX)
+    for field, t in (
+        ("codes", matrix.qweight_),
+        ("scales", matrix.scales_),
+        ("zeros", getattr(matrix, "zeros_", None)),
+    ):
+        if t is not None:
+            assert t.is_contiguous()
+            row[field] = t.data_ptr()
+    row["bits"], row["group"] = matrix.format.bits, matrix.format.group_size
+    index_RK = torch.zeros(x_RN.shape[0], 1, dtype=torch.long)
+    multiply([row.ctypes.data], 1, (matrix.out_features, matrix.in_features), x_RN, index_RK, None, [y_RN])
+    return y_RN.view(*x.shape[:-1], matrix.out_features).to(x.dtype)
+
+
+def multiply(
+    tables: list[int],
+    count: int,
+    shape: tuple[int, int],
+    x_RN: Tensor,
+    index_RK: Tensor,
+    weight_RK: Tensor | None,
+    y: list[Tensor],
+    level: int = -1,
+) -> None:
+    """`call` for the MATRIX tables [count] at these addresses; `shape` is that of the first's matrices."""
+    lib = library()[0]
     assert lib is not None and x_RN.dtype == torch.float32 and x_RN.is_contiguous() and index_RK.is_contiguous()
-    second = at[names[1]] if len(names) > 1 else None
-    down = at[names[2]] if len(names) > 2 else None
-    out_features, in_features = experts.shapes[names[0]]
+    first, second, down = [*tables, None, None][:3]
+    out_features, in_features = shape
     room = getattr(_rooms, "room", None)
     if room is None:
         room = torch.empty(0, dtype=torch.uint8)
     for _ in range(2):
         more = lib.mopeq_experts(
-            at[names[0]], second, down, experts.num_experts, in_features, out_features,
+            first, second, down, count, in_features, out_features,
             x_RN.data_ptr(), x_RN.shape[0], index_RK.data_ptr(), index_RK.shape[1],
             None if weight_RK is None else weight_RK.data_ptr(), y[0].data_ptr(), y[-1].data_ptr(),
             torch.get_num_threads(), lib.mopeq_level() if level < 0 else level, room.data_ptr(), room.numel(),

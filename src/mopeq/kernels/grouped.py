@@ -55,3 +55,11 @@ def grouped_linear(experts: Any, p: str, x_SN: Tensor, ids_S: Tensor, spans: dic
                 y[a:b] = x_SN[a:b] @ w_ENC[i].T
     bias = experts.bias_of(p)
     return y if bias is None else y + bias[ids_S].to(y.dtype)
+
+
+def linear(matrix: Any, x: Tensor) -> Tensor:
+    """x [..., in] times one packed matrix's transpose -> [..., out], some of its rows dequantized at a time."""
+    step = max(1, CHUNK // matrix.in_features)
+    chunks = [slice(at, at + step) for at in range(0, matrix.out_features, step)]
+    parts = [x @ matrix.rows(chunk, x.dtype).T for chunk in chunks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -1,62 +1,28 @@
-"""Packed modules: one layer's experts, a linear layer, an embedding. Weights stay packed in memory.
+"""One layer's routed experts as a module whose weights stay packed in memory.
 
 On disk every expert's matrices have names of their own; here the experts of one width are stacked into a tier, which
 `fill` reads row by row into the memory where it stays: a loader that first made all tensors and then stacked them
-would hold every byte twice. Scales are kept as int16 bit patterns, because `.to(torch.bfloat16)` would silently cast
-fp16 ones.
+would hold every byte twice.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopeq.errors import MopeqError
 from mopeq.nouns import PROJECTIONS, Format
+from mopeq.plugins.held import HELD, Numbered, as_bits, check_stored, numbered, untouched
 from mopeq.seam import FLAGS, Adapted, bias, own_weights
 from mopeq.tables import pick
 from mopeq.tensors import QWeight, unpack_bits
 
 if TYPE_CHECKING:
     from mopeq.kernels.arena import Arena
-
-TORCH = {"U8": torch.uint8, "F16": torch.float16}
-HELD = {"U8": torch.uint8, "F16": torch.int16}  # in a tier; see above
-LARGE = 1 << 20  # bytes from which a tensor's pages may be large
-
-
-def check_stored(value: Tensor, dtype: str, shape: tuple[int, ...], what: str) -> None:
-    """MopeqError unless a stored tensor arrived, in the shape its format says."""
-    if value.is_meta or tuple(value.shape) != shape or value.dtype != TORCH[dtype]:
-        raise MopeqError(
-            f"{what} came as {value.dtype} {list(value.shape)} on {value.device}, not {dtype} {list(shape)}",
-            "the checkpoint is damaged, or this version of transformers loads it differently",
-        )
-
-
-def as_bits(scales: Tensor) -> Tensor:
-    return scales.to(torch.float16).view(torch.int16)
-
-
-def untouched(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """An empty tensor on the CPU, of which the kernel is asked to make large pages as it is written to.
-
-    A token reads every chosen expert once: with pages of 4 KB a good part of that time is spent looking them up.
-    """
-    t = torch.empty(shape, dtype=dtype, device="cpu")
-    advice, size = getattr(mmap, "MADV_HUGEPAGE", None), t.numel() * t.element_size()
-    if advice is not None and size >= LARGE:  # Linux; where it is not granted, pages are small as ever
-        first = t.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(t.data_ptr() + size - first), advice)
-    return t
 
 
 @dataclass(frozen=True)
@@ -93,14 +59,10 @@ def repack(arena: Arena, p: str, fmt: Format, rows: dict[int, int]) -> Tier:
     return Tier(rows, fmt, (lay.out_features, lay.in_features), codes, as_bits(scales), zeros)
 
 
-_live: WeakValueDictionary[int, QuantizedExperts] = WeakValueDictionary()  # what `mopeq::experts` names by number
-_numbers = count()
-
-
 @torch.library.custom_op("mopeq::experts", mutates_args=())
 def opaque(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, number: int) -> Tensor:
     """A module's kernel as one operator: torch.compile would else take the kernels' Python apart, in minutes."""
-    return _live[number].compute(x_TH, index_TK, weight_TK)
+    return numbered(number).compute(x_TH, index_TK, weight_TK)
 
 
 @opaque.register_fake
@@ -108,7 +70,7 @@ def _(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, number: int) -> Tensor:
     return torch.empty_like(x_TH)
 
 
-class QuantizedExperts(nn.Module):
+class QuantizedExperts(Numbered):
     """One layer's routed experts in packed form; the drop-in for transformers' experts module.
 
     forward(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]. Gate function, activation and
@@ -148,15 +110,6 @@ class QuantizedExperts(nn.Module):
             if p in biases:
                 self.hold(f"{p}_bias", (self.num_experts, self.shapes[p][0]), biases[p])
         self.filled = False
-        self.enlist()
-
-    def enlist(self) -> None:
-        self.number = next(_numbers)
-        _live[self.number] = self
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
-        self.enlist()  # a copy is another module
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         if requires_grad:
@@ -293,109 +246,3 @@ class QuantizedExperts(nn.Module):
     def extra_repr(self) -> str:
         widths = {p: [fmt.name for fmt in sorted(set(self.formats[p]))] for p in self.projections}
         return f"experts={self.num_experts}, formats={widths}, kernel={self.kernel}"
-
-
-# ------------------------------------------------------------------------- every other 2-D weight, packed
-
-
-class PackedMatrix(nn.Module):
-    """What PackedLinear and PackedEmbedding share: one matrix [out, in] in a format, dequantized in row chunks."""
-
-    qweight_: Tensor
-    scales_: Tensor
-    zeros_: Tensor
-    like_: Tensor  # empty; casts move its dtype, which is what the matrix answers in
-
-    def __init__(self, fmt: Format, original: nn.Linear | nn.Embedding):
-        super().__init__()
-        out_features, in_features = original.weight.shape
-        self.format, self.out_features, self.in_features = fmt, out_features, in_features
-        self.register_buffer("like_", original.weight.new_empty(0, device="cpu"), persistent=False)
-        for suffix, (dtype, shape) in fmt.shapes(out_features, in_features).items():
-            empty = torch.empty(shape, dtype=TORCH[dtype], device="meta")
-            self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
-        self.sealed = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.like_.dtype
-
-    @property
-    def weight(self) -> Tensor:
-        """The whole matrix dequantized: for code that asks a module for its weight's device, dtype or values."""
-        if not self.sealed:
-            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
-        return self.rows(slice(None), self.dtype)
-
-    def seal(self) -> None:
-        """Turn the loaded parameters into buffers that no cast touches."""
-        for suffix, (kind, shape) in self.format.shapes(self.out_features, self.in_features).items():
-            value = getattr(self, suffix).data
-            check_stored(value, kind, shape, f"packed matrix: {suffix}")
-            delattr(self, suffix)
-            self.register_buffer(f"{suffix}_", as_bits(value) if suffix == "scales" else value, persistent=False)
-        self.sealed = True
-
-    def rows(self, index: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        """Some rows [n, in], dequantized. Zero points are packed along `out`, so all are unpacked (they are few)."""
-        zeros = None
-        if self.format.scheme == "a":
-            zeros = unpack_bits(self.zeros_, self.format.bits, self.out_features).T[index]
-        codes = unpack_bits(self.qweight_[index], self.format.bits, self.in_features)
-        return QWeight(codes, self.scales_[index].view(torch.float16), zeros, self.format).dequantize(dtype)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.sealed:
-            for suffix in self.format.shapes(self.out_features, self.in_features):
-                value = getattr(self, f"{suffix}_")
-                destination[prefix + suffix] = value.view(torch.float16) if suffix == "scales" else value
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.name}"
-
-
-ROWS_AT_A_TIME = 1 << 23  # weights of a linear layer dequantized at a time
-
-
-def packed_product(x: Tensor, matrix: PackedMatrix) -> Tensor:
-    """x [..., in] @ W.T -> [..., out], a bounded number of rows dequantized at a time."""
-    step = max(1, ROWS_AT_A_TIME // matrix.in_features)
-    chunks = [slice(at, at + step) for at in range(0, matrix.out_features, step)]
-    parts = [x @ matrix.rows(chunk, x.dtype).T for chunk in chunks]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-class PackedLinear(PackedMatrix):
-    """A linear layer whose matrix stays packed; `bias` as it was."""
-
-    def __init__(self, fmt: Format, original: nn.Linear):
-        super().__init__(fmt, original)
-        self.bias = original.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = packed_product(x, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-class PackedEmbedding(PackedMatrix):
-    """An embedding table that stays packed; only the rows looked up are dequantized."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        distinct, back = torch.unique(ids, return_inverse=True)
-        return self.rows(distinct, self.dtype)[back]
-
-
-class TiedLinear(nn.Module):
-    """An output head that shares its matrix with a packed embedding."""
-
-    def __init__(self, embedding: PackedEmbedding):
-        super().__init__()
-        self._embedding = (embedding,)  # in a tuple: shared, not owned
-
-    @property
-    def weight(self) -> Tensor:
-        return self._embedding[0].weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_product(x, self._embedding[0])

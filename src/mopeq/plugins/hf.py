@@ -22,7 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mopeq.errors import BadInput, MopeqError
 from mopeq.nouns import BASE36, PADDING, Format, TensorInfo
 from mopeq.packed import check_experts, check_sizes, check_version, read_map
-from mopeq.plugins.experts import PackedEmbedding, PackedLinear, PackedMatrix, QuantizedExperts, TiedLinear
+from mopeq.plugins.experts import QuantizedExperts
+from mopeq.plugins.matrices import PackedEmbedding, PackedLinear, PackedMatrix, TiedLinear
 from mopeq.plugins.stored import remember, stored_tensors
 from mopeq.seam import experts_modules, match_names, twins, weights
 from mopeq.tensors import read_stored

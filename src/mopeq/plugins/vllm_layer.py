@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mopeq.errors import MopeqError
 from mopeq.nouns import Format
-from mopeq.plugins.experts import QuantizedExperts, as_bits, check_stored
+from mopeq.plugins.experts import QuantizedExperts
+from mopeq.plugins.held import as_bits, check_stored
 from mopeq.tensors import pack_bits, unpack_bits
 
 SUFFIXES = ("qweight", "scales", "zeros", "bias")

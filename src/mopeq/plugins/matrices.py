@@ -1,0 +1,130 @@
+"""Matrices outside the routed experts that stay packed in memory (`--other-bits` 4 or 8): a linear layer, an embedding,
+and an output head that shares its matrix with one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopeq.nouns import Format
+from mopeq.plugins.held import TORCH, Numbered, as_bits, check_stored, numbered, untouched
+from mopeq.tensors import QWeight, unpack_bits, unpack_some
+
+
+@torch.library.custom_op("mopeq::linear", mutates_args=())
+def opaque(x: Tensor, number: int) -> Tensor:
+    """A matrix's product as one operator, as `mopeq::experts` is."""
+    return numbered(number).compute(x)
+
+
+@opaque.register_fake
+def _(x: Tensor, number: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], numbered(number).out_features)
+
+
+class PackedMatrix(Numbered):
+    """What PackedLinear and PackedEmbedding share: one matrix [out, in] in a format."""
+
+    qweight_: Tensor
+    scales_: Tensor
+    zeros_: Tensor
+    like_: Tensor  # empty; casts move its dtype, which is what the matrix answers in
+
+    def __init__(self, fmt: Format, original: nn.Linear | nn.Embedding):
+        super().__init__()
+        out_features, in_features = original.weight.shape
+        self.format, self.out_features, self.in_features = fmt, out_features, in_features
+        self.register_buffer("like_", original.weight.new_empty(0, device="cpu"), persistent=False)
+        for suffix, (dtype, shape) in fmt.shapes(out_features, in_features).items():
+            empty = torch.empty(shape, dtype=TORCH[dtype], device="meta")
+            self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
+        self.sealed = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like_.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix dequantized: for code that asks a module for its weight's device, dtype or values."""
+        if not self.sealed:
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        return self.rows(slice(None), self.dtype)
+
+    def seal(self) -> None:
+        """Turn the loaded parameters into buffers that no cast touches."""
+        for suffix, (kind, shape) in self.format.shapes(self.out_features, self.in_features).items():
+            value = getattr(self, suffix).data
+            check_stored(value, kind, shape, f"packed matrix: {suffix}")
+            delattr(self, suffix)
+            if value.device.type == "cpu":
+                value = untouched(value.shape, value.dtype).copy_(value)
+            self.register_buffer(f"{suffix}_", as_bits(value) if suffix == "scales" else value, persistent=False)
+        self.sealed = True
+
+    def rows(self, index: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        """Some rows [n, in], dequantized."""
+        zeros = None
+        if self.format.scheme == "a":  # packed along `out`
+            if isinstance(index, slice):
+                index = torch.arange(self.out_features, device=self.zeros_.device)[index]
+            zeros = unpack_some(self.zeros_, self.format.bits, index).T
+        codes = unpack_bits(self.qweight_[index], self.format.bits, self.in_features)
+        return QWeight(codes, self.scales_[index].view(torch.float16), zeros, self.format).dequantize(dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [..., in] @ W.T -> [..., out], as torch.compile is to see it."""
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+            return opaque(x, self.number)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        from mopeq.kernels import linear
+
+        return linear(self, x)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.sealed:
+            for suffix in self.format.shapes(self.out_features, self.in_features):
+                value = getattr(self, f"{suffix}_")
+                destination[prefix + suffix] = value.view(torch.float16) if suffix == "scales" else value
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.name}"
+
+
+class PackedLinear(PackedMatrix):
+    """A linear layer whose matrix stays packed; `bias` as it was."""
+
+    def __init__(self, fmt: Format, original: nn.Linear):
+        super().__init__(fmt, original)
+        self.bias = original.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class PackedEmbedding(PackedMatrix):
+    """An embedding table that stays packed; only the rows looked up are dequantized."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids.flatten(), self.dtype).view(*ids.shape, self.in_features)
+
+
+class TiedLinear(nn.Module):
+    """An output head that shares its matrix with a packed embedding."""
+
+    def __init__(self, embedding: PackedEmbedding):
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple: shared, not owned
+
+    @property
+    def weight(self) -> Tensor:
+        return self._embedding[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._embedding[0].multiply(x)
