@@ -54,13 +54,18 @@ from mopeq.tune import tune_scales
 AVERAGES = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0)
 KMEANS = {"allocate": "kmeans", "scope": "model", "sensitivity": "hessian"}
 AS_KMEANS = "fisher, projection, at the bytes of kmeans model, hessian"
-# (an arm, the arm it is compared with, at an average or the other's own bytes): ratio of KL at most
-WANTED = {
-    (AS_KMEANS, "kmeans model, hessian", None): "0.50",
-    ("fisher, projection", "random", 2.5): "0.65",
-    ("fisher, projection", "uniform", 3.0): "0.80",
-    ("fisher, projection", "fisher, layer-projection", 2.5): "0.92 language, 0.80 vision-language",
-}
+PROJECTION, GROUPED = "fisher, projection", "fisher, projection, groups 64,128"
+# (quantizer, arm), what it is compared with, at an average or the other's own bytes; ratio of KL at most
+WANTED: tuple[tuple[tuple[str, str], tuple[str, str], float | None, str], ...] = (
+    (("gptq", AS_KMEANS), ("gptq", "kmeans model, hessian"), None, "0.50"),
+    (("gptq", PROJECTION), ("gptq", "random"), 2.5, "0.65"),
+    (("gptq", PROJECTION), ("gptq", "uniform"), 3.0, "0.80"),
+    (("gptq", PROJECTION), ("gptq", "fisher, layer-projection"), 2.5, "0.92 language, 0.80 vision-language"),
+    (("gptq", "uniform"), ("plain gptq", "uniform"), 2.0, "0.70"),
+    (("twosided", "uniform"), ("plain gptq", "uniform"), 2.0, "0.70"),
+    (("twosided", GROUPED), ("plain gptq", "uniform"), 2.0, "0.70"),
+    (("twosided+tune", GROUPED), ("plain gptq", "uniform"), 2.0, "0.70"),
+)
 BESIDE = {"plain gptq": Row("plain_gptq:quantize", "the baseline", needs_data=True, sensed_as="gptq")}
 
 
@@ -70,8 +75,7 @@ def arms(average: float) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     if average in (2.0, 3.0, 4.0):
         found.append(("uniform", {"allocate": "uniform"}))
-    grouped = {"sensitivity": "fisher", "per": "projection", "group_size": "64,128"}
-    found.append(("fisher, projection, groups 64,128", grouped))
+    found.append((GROUPED, {"sensitivity": "fisher", "per": "projection", "group_size": "64,128"}))
     if average in (2.0, 4.0):
         return found  # every other map of that budget is the uniform one
     if average != 3.0:
@@ -340,23 +344,30 @@ def tables(rows: list[dict[str, Any]]) -> None:
             print(
                 f"| {arm} | {mean(of, 'bytes'):,.0f} | {mean(of, 'code_bits'):.3f} | {spread([r['kl'] for r in of])} |"
             )
-        reached(mine)
+    reached(rows)
 
 
 def reached(rows: list[dict[str, Any]]) -> None:
     """Markdown of what had to be reached: ratios of mean KL, and of each seed's, at equal bytes."""
     lines = []
-    for (arm, beside, average), wanted in WANTED.items():
+    for (method, arm), (other, beside), average, wanted in WANTED:
         ours, theirs = (
-            {r["seed"]: r["kl"] for r in rows if (r["arm"], r["average"]) == (a, average)} for a in (arm, beside)
+            {r["seed"]: r["kl"] for r in rows if (r["method"], r["arm"], r["average"]) == (m, a, average)}
+            for m, a in ((method, arm), (other, beside))
         )
         if seeds := sorted(ours.keys() & theirs.keys()):
             ratio = sum(ours[s] for s in seeds) / sum(theirs[s] for s in seeds)
             each = [ours[s] / theirs[s] for s in seeds]
-            within = f"{ratio:.2f} ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else f"{ratio:.2f}"
-            lines.append(f"| {arm} | {beside} | {average or 'its bytes'} | {wanted} | {within} |")
+            place = average or f"{mean([r for r in rows if r['arm'] == beside], 'code_bits'):.2f}"
+            found = f"{ratio:.2f} ({min(each):.2f} to {max(each):.2f}, {len(seeds)})"
+            lines.append(f"| {method}: {arm} | {other}: {beside} | {place} | {wanted} | {found} |")
     if lines:
-        print("\n| | against | at | ratio at most | found (seeds) |\n|---|---|---|---|---|", *lines, sep="\n")
+        print(
+            "\n| | against | code bits | KL's ratio at most | found (by seed, seeds) |",
+            "|---|---|---|---|---|",
+            sep="\n",
+        )
+        print(*lines, sep="\n")
 
 
 STYLE = """svg{--page:#fdfcfa;--ink:#1b1e24;--soft:#5a616d;--rule:#dedbd4;--h0:#0072b2;--h1:#c24e00;--h2:#00805c;
