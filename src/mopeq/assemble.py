@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mopeq.checkpoint import read_header, read_json, shard_files
 from mopeq.errors import BadInput
+from mopeq.families import UNNAMED
 from mopeq.nouns import (
     PADDING,
     Format,
@@ -175,6 +176,8 @@ def write_around(
         else:
             shutil.copyfile(path, out / path.name)
     config = {k: v for k, v in spec.config.items() if k != "auto_map"}
+    if not config.get("architectures") and config["model_type"] in UNNAMED:
+        config["architectures"] = [UNNAMED[config["model_type"]]]
     config["quantization_config"] = quantization_config(map_, other.name if other else None, spec.nbytes, payload)
     write_atomic(out / "config.json", json_bytes(config))
     write_atomic(out / "precision_map.json", json_bytes(map_.to_json()))

@@ -147,6 +147,8 @@ def test_without_processor_files(which: str, tmp_path: Path) -> None:
     write_json(source / "config.json", config | {"transformers_version": "4.38.2"})
     facts = quantize(source, tmp_path / "out", other_bits=4)
     assert facts["read_back"] < 1e-4 and verify(tmp_path / "out")["whole"]
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]  # VL2's own names none
+    assert named == (config.get("architectures") or ["DeepseekVLV2ForCausalLM"])
     with pytest.raises(BadInput) as error:
         quantize(source, tmp_path / "again", sensitivity="fisher")
     assert "--sensitivity hessian --method rtn" in error.value.hint

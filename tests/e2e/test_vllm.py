@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import made
+import numpy as np
 import pytest
 import torch
+from tiny_ports import SIDE, VL2_ADDED, VL2_SPECIAL, WIDTH, tokenizer, write_tiny
 from torch.nn.functional import silu
 
 from mopeq.errors import BadInput, MopeqError
@@ -223,6 +225,10 @@ LENGTH = 24
 DRIVER = """
 import base64, io, json, sys
 job = json.load(sys.stdin)
+if job["tower"]:  # vLLM takes DeepSeek-VL2's from timm, at its full size whatever the config says
+    import timm
+    from functools import partial
+    timm.create_model = partial(timm.create_model, **job["tower"])
 from PIL import Image
 from vllm import LLM, SamplingParams
 llm = LLM(job["folder"], dtype="float32", max_num_seqs=4, **job["options"])
@@ -266,10 +272,15 @@ def environment() -> dict[str, str]:
     return found
 
 
-def by_vllm(folder: Path, asked: list[Any], **options: Any) -> list[list[list[int]]]:
-    """[[prompt's tokens, new tokens]] of each prompt (tokens, or a text with pictures), greedily, by vLLM."""
+def by_vllm(
+    folder: Path, asked: list[Any], tower: dict[str, Any] | None = None, **options: Any
+) -> list[list[list[int]]]:
+    """[[prompt's tokens, new tokens]] of each prompt (tokens, or a text with pictures), greedily, by vLLM.
+
+    `tower`: what timm is told of the picture tower beside its name.
+    """
     options = {"enforce_eager": True, "max_model_len": 256} | options
-    job = json.dumps({"folder": str(folder), "asked": asked, "options": options, "length": LENGTH})
+    job = json.dumps({"folder": str(folder), "asked": asked, "options": options, "length": LENGTH, "tower": tower})
     ran = subprocess.run(
         [sys.executable, "-c", DRIVER], input=job, capture_output=True, text=True, env=environment(), timeout=580
     )
@@ -447,6 +458,52 @@ def test_embedded_model_with_pictures(other_bits: int, engine: dict[str, Any]) -
         for item in items
     ]
     assert by_vllm(out, asked, limit_mm_per_prompt={"image": 1, "video": 0}, **engine) == want
+
+
+VL2 = {  # what vLLM's attention on a CPU asks of the tiny models, as WIDE
+    "vl2-tiny": {"hidden_size": 128},
+    "vl2-small": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64},
+}
+TOWER = {"depth": 2, "embed_dim": WIDTH, "num_heads": 4, "img_size": SIDE, "act_layer": "gelu_tanh"}
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("which", "engine"),
+    [("vl2-tiny", {}), pytest.param("vl2-small", {"enforce_eager": False}, marks=pytest.mark.slow)],
+)
+def test_deepseek_vl2_with_pictures(which: str, engine: dict[str, Any], tmp_path: Path) -> None:
+    """A picture of one tile, one of two and one of three, and a text. Latent attention is compiled, as DeepSeek-V2's
+    must be to say what transformers says. The tower is a tiny one here, with the original's GELU, which timm's is not.
+    """
+    pytest.importorskip("timm")
+    from PIL import Image
+
+    from mopeq.data.encode import encode_prompt, model_inputs
+    from mopeq.data.processor import load_processor
+    from mopeq.data.readers import Item
+
+    source, out = write_tiny(tmp_path / "source", which, seed=11, **VL2[which]), tmp_path / "out"
+    tokenizer(VL2_SPECIAL, VL2_ADDED).save(str(source / "tokenizer.json"))  # vLLM wants <image> to be in it
+    made.quantize(source, out, avg_bits=2.7, **PLAIN)
+    processor, draw = load_processor(out), np.random.default_rng(5)
+    inputs: list[Any] = []
+    asked: list[Any] = []
+    for number, (width, height) in enumerate(((60, 40), (42, 42), (30, 90), (0, 0))):
+        path = tmp_path / f"{number}.png"
+        content = [{"type": "text", "text": f"What is the red circle {number}?"}]
+        if width:
+            Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+            content.insert(0, {"type": "image"})
+        messages = [{"role": "user", "content": content}]
+        item = Item(None, messages, (path,) if width else (), None, {"source": "a test"})
+        inputs.append(model_inputs(encode_prompt(item, processor)))
+        text = processor.tokenizer.bos_token + processor.apply_chat_template(messages)
+        shown = {"text": text, "pictures": [png(Image.open(path))]} if width else None
+        asked.append(shown or inputs[-1]["input_ids"][0].tolist())
+    want = by_transformers(out, inputs)
+    assert len({tuple(new) for _, new in want}) == len(want)
+    assert by_vllm(out, asked, TOWER, max_model_len=512, limit_mm_per_prompt={"image": 1}, **engine) == want
 
 
 # ------------------------------------------------------------------------------------- an endpoint, by its client

@@ -84,13 +84,15 @@ def test_left_of_sense_runs_without_torch() -> None:
 
 MODEL_FIRST = "from transformers import OlmoeForCausalLM"  # our hooks run in the midst of its import
 AUTO_FIRST = "from transformers import AutoModelForCausalLM"
-DOORS = [  # (what is run, whether our families are asked for too: that takes seconds)
+CLOSED = "import mopeq\nfrom mopeq.plugins.hook import close_doors\nclose_doors()"  # as the plug-in of vLLM does
+DOORS = [  # (what is run, whether our families are asked for too: that takes seconds; None if they must not be there)
     (f"import mopeq\n{MODEL_FIRST}", True),
     (f"import mopeq\n{AUTO_FIRST}", False),
     ("import mopeq\nfrom transformers import AutoProcessor", False),
     ("import mopeq\nimport transformers.quantizers", False),
     (f"{MODEL_FIRST}\nimport mopeq", True),
     (f"{AUTO_FIRST}\nimport mopeq", False),
+    (f"{AUTO_FIRST}\n{CLOSED}", None),
 ]
 TRY = """
 import json, os, sys
@@ -110,6 +112,13 @@ for door, families in json.load(sys.stdin):
                 assert type(config) in M and type(config) in P
                 for method in (AutoConfig.from_pretrained, AutoConfig.for_model):  # put back as they were
                     assert method.__func__.__code__.co_filename.endswith("configuration_auto.py")
+            if families is None:
+                for name in ("deepseek_vl_v2", "molmo"):
+                    try:
+                        AutoConfig.for_model(name)
+                    except ValueError:
+                        continue
+                    raise AssertionError(name)
         except BaseException as problem:
             print(door, "FAILED", repr(problem)[:300], flush=True)
             os._exit(1)

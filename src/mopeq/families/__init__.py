@@ -90,6 +90,9 @@ FAMILIES: dict[str, Family] = {
     "zaya": STACKED,
 }  # fmt: skip
 
+# the class that config.json names, of models whose published one names none: vLLM asks for it
+UNNAMED = {"deepseek_vl_v2": "DeepseekVLV2ForCausalLM"}
+
 WHERE_TO_ADD = "src/mopeq/families/__init__.py, table FAMILIES"
 
 # Experts modules that transformers did not give the shared interface, by class

@@ -55,9 +55,15 @@ def opener(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def register_families() -> None:
     """Teach the Auto classes our model families, and put their methods back as they were."""
+    close_doors()
+    for family in FAMILIES:
+        import_module(family).register()
+
+
+def close_doors() -> None:
+    """Leave the families out from now on, unless they were registered before: vLLM, which loads mopeq for every model,
+    has its own classes of DeepSeek-VL2 and Molmo, and other models by the same model_type."""
     while _doors:
         auto, method, was = _doors.pop()
         setattr(auto, method, was)
     import_module("mopeq.mending").mend_torchvision()  # AutoProcessor needs one that can be imported
-    for family in FAMILIES:
-        import_module(family).register()

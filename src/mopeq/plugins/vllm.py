@@ -29,6 +29,7 @@ from mopeq.kernels import triton
 from mopeq.nouns import PADDING, Format, guard_name
 from mopeq.packed import check_sizes, check_version, read_map
 from mopeq.plugins.hf import expert_formats
+from mopeq.plugins.hook import close_doors
 from mopeq.plugins.vllm_layer import ClampedGate, FlatLayer, Gate
 from mopeq.tensors import QWeight
 
@@ -46,6 +47,7 @@ _layers: WeakValueDictionary[str, FlatLayer] = WeakValueDictionary()
 def register() -> None:
     """The entry point. Importing this module has registered the config; here the loader's stream of tensors is taken
     through `dense_others`, once a process."""
+    close_doors()
     original = DefaultModelLoader.get_all_weights
     if getattr(original, "knows_mopeq", False):
         return
