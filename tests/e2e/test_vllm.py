@@ -540,24 +540,35 @@ def check_none_is_lost(client: Any) -> None:
         assert list(pool.map(ask, range(32))) == [8] * 32
 
 
-@needs_vllm
+def decodes_pictures() -> bool:
+    """Whether torchvision's own library can be loaded, by which transformers' server reads pictures."""
+    if find_spec("torchvision") is None:
+        return False
+    import torchvision.io  # noqa: F401
+
+    return hasattr(torch.ops.image, "decode_image")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=needs_vllm), "transformers"])
 def test_endpoint_answers(engine: str) -> None:
-    """`mopeq serve`, driven by the official client; the answer is that of `mopeq run`. vLLM is shown a picture;
-    transformers' server decodes pictures by torchvision's own library, which the CUDA build lacks here."""
+    """`mopeq serve`, driven by the official client about a picture; the answer is that of `mopeq run`. transformers'
+    server is asked in words alone where torchvision does not fit torch."""
     openai = pytest.importorskip("openai")
+    for name in ("accelerate", "fastapi", "uvicorn"):  # transformers[serving]
+        pytest.importorskip(name)
     from mopeq.data.readers import picture
     from mopeq.verbs.run import answer
 
     item, port, log = questions(1)[0], free_port(), made.room() / f"{engine}.log"
     text = next(part["text"] for part in item.messages[-1]["content"] if part["type"] == "text")
     content, shown, more = [{"type": "text", "text": text}], [], ["--dtype", "float32"]
-    if engine == "vllm":
+    if engine == "vllm" or decodes_pictures():
         image, path = picture(item.images[0]), made.room() / "asked.png"
         image.save(path)
         shown = [path]
         content.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png(image)}"}})
+    if engine == "vllm":
         more += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
     want = answer(embedded(), text, shown, 16)["answer"]
     assert want
