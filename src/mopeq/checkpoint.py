@@ -95,7 +95,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     if size < 8:
         raise refuse(f"{size} bytes are too few for a safetensors file")
     with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        begin = file.read(8)
+        if begin == b"version ":
+            raise BadInput(f"{path.name} is a Git LFS pointer, not the file", "fetch the weights: git lfs pull")
+        (length,) = struct.unpack("<Q", begin)
         if length > MAX_HEADER or length > size - 8:
             raise refuse(f"its header claims {length} bytes, the file has {size}")
         raw = file.read(length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import signal
 import sys
@@ -365,6 +366,9 @@ def fail(line: str, hint: str, code: int) -> int:
 def main() -> None:
     """Run the command; every failure is one line and one hint on stderr."""
     signal.signal(signal.SIGTERM, interrupted)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of ASCII gets a ? where it lacks a sign
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]

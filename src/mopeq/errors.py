@@ -25,5 +25,7 @@ class BadInput(MopeqError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that says something of another library's error, or the error's type where none does."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line that says something of another library's error, with the next where it only announces one, or the
+    error's type where none does."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if more and first.endswith(":") else first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -60,14 +62,36 @@ def logits_of(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
     return logits
 
 
-def check_reads_text(config: Any) -> None:
+def check_reads_text(config: Any, hint: str = "use what needs no data: --sensitivity hessian --method rtn") -> None:
     """BadInput for a model that token ids alone do not run: a translator, or several models in one."""
     forward = model_class(config).forward
     if forward is torch.nn.Module.forward or "decoder_input_ids" in signature(forward).parameters:
         raise BadInput(
-            f"{config.model_type} does not read text as a causal language model does, so it cannot be shown any",
-            "use what needs no data: --sensitivity hessian --method rtn",
+            f"{config.model_type} does not read text as a causal language model does, so it cannot be shown any", hint
         )
+
+
+def check_generates(config: Any) -> None:
+    """BadInput for a model that predicts no next token: a classifier of tokens, say."""
+    if not model_class(config).can_generate():
+        raise BadInput(
+            f"{config.model_type} predicts no next token: it is no language model",
+            "mopeq packs it; use it by transformers, after `import mopeq`",
+        )
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """MopeqError for whatever transformers' own generation raises, which many a model's config leads to."""
+    try:
+        yield
+    except (MopeqError, MemoryError):
+        raise
+    except Exception as problem:
+        raise MopeqError(
+            f"transformers does not generate with this model: {first_line(problem)}",
+            "does the original generate? --debug shows where it ends",
+        ) from problem
 
 
 def load_config(folder: Path) -> Any:
@@ -88,7 +112,7 @@ def load_config(folder: Path) -> Any:
     except Exception as problem:  # transformers raises whatever its config classes raise
         raise BadInput(
             f"transformers cannot read {folder}/config.json: {first_line(problem)}",
-            "is the family known to transformers?",
+            "is the file whole, and the family known to transformers?",
         ) from None
 
 

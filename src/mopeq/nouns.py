@@ -272,8 +272,11 @@ def parse_size(text: str | int) -> int:
 
 
 def size_text(nbytes: float) -> str:
-    """Bytes for people: GiB from 0.1 GiB on, else MiB."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 0.1 * 2**30 else f"{nbytes / 2**20:.2f} MiB"
+    """Bytes for people, in the largest unit of which there is a tenth."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= 0.1 * size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} bytes"
 
 
 @dataclass(frozen=True)

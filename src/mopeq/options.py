@@ -118,6 +118,15 @@ class Options:
             return Budget(fit_bytes=int(2 * spec.params * Fraction(share[1]) / 100))
         return Budget(fit_bytes=parse_size(self.fit))
 
+    def check_scores(self) -> None:
+        """BadInput where clusters of scores are asked for, and the sensitivity is a cost of each format."""
+        if self.allocate == "kmeans" and self.map is None and SENSORS[self.sensitivity].by_method:
+            scores = [name for name, row in SENSORS.items() if not row.by_method]
+            raise BadInput(
+                f"--allocate kmeans clusters scores, and --sensitivity {self.sensitivity} has none",
+                f"choose from: {', '.join(f'--sensitivity {name}' for name in scores)}",
+            )
+
     @property
     def senses(self) -> bool:
         """Whether a sensitivity is asked for."""

@@ -178,6 +178,8 @@ def content_digest(folder: Path) -> str:
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """The manifest's rows; BadInput if the folder is not a finished mopeq checkpoint."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder", "give a packed checkpoint made by `mopeq quantize`")
     if not (folder / MANIFEST).exists():
         raise BadInput(
             f"{folder} has no {MANIFEST}: it is no finished mopeq checkpoint",

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from mopeq.assemble import PackedReader, dense_layer, dense_tensor, dense_tensors
 from mopeq.checkpoint import shard_files
-from mopeq.errors import MopeqError, first_line
+from mopeq.errors import BadInput, MopeqError, first_line
 from mopeq.models import load_config, load_model, logits_of, model_class, quiet_transformers
 from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, PrecisionMap
 from mopeq.packed import unsealed_allowed
+from mopeq.plan import other_outputs
 from mopeq.progress import say
 from mopeq.seam import Adapted, model_layers
 from mopeq.stream import read_tensor
@@ -41,6 +42,51 @@ def some_tokens(config: Any, seed: int) -> Tensor:
     return torch.tensor([i for i in ids.tolist() if i not in special][:TOKENS])[None]
 
 
+def check_model(source: Path, spec: MoESpec, other: Format | None) -> None:
+    """BadInput, before any work, where the config's model cannot be made of the source's tensors, or not with all other
+    matrices packed in `other`. What only the loader finds shows when the folder is read back."""
+    from mopeq.plugins.hf import MopeqConfig, MopeqQuantizer
+
+    config = load_config(source)
+    try:
+        model = empty_model(config, torch.float32)
+    except Exception as problem:  # a config class takes anything; its model raises whatever that leads to
+        raise BadInput(
+            f"transformers cannot build the model of {source}/config.json: {first_line(problem)}",
+            "the file is damaged, or of another checkpoint",
+        ) from None
+    try:
+        model_layers(spec, model)
+        refuse_unfit(spec, model)
+        if other is not None:
+            experts: dict[str, Any] = {layer.prefix: {} for layer in spec.layers}
+            quantizer = MopeqQuantizer(MopeqConfig(format_version=1, formats=[], experts=experts, other=other.name))
+            quantizer.pack_others(model, {t.name for t in other_outputs(spec, other)}, other)
+    except MopeqError as problem:
+        raise BadInput(problem.line, problem.hint) from None
+
+
+def refuse_unfit(spec: MoESpec, model: Any) -> None:
+    """BadInput naming the first tensor of the source whose shape is not the one it has in the model, of those that
+    transformers only renames."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model, None, None)
+    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+    converters = [x for x in mapping if isinstance(x, WeightConverter)]
+    state = model.state_dict()
+    for name, tensor in spec.tensors.items():
+        if spec.roles[name] == "routed expert":
+            continue
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is None and key in state and tuple(state[key].shape) != tensor.shape:
+            raise BadInput(
+                f"{name} is {list(tensor.shape)} in the weights, {list(state[key].shape)} by config.json",
+                "config and weights belong to different checkpoints",
+            )
+
+
 def load_dense(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other: Format | None) -> Any:
     """The source's model with the packed folder's values put in its own tensors, loaded by transformers' own path."""
     quiet_transformers()
@@ -51,7 +97,8 @@ def load_dense(source: Path, out: Path, spec: MoESpec, map_: PrecisionMap, other
     )
     if info["missing_keys"]:
         raise MopeqError(
-            f"{source}: {sorted(map(str, info['missing_keys']))[0]} is missing", "please report this model"
+            f"{source}: {sorted(map(str, info['missing_keys']))[0]} is missing",
+            "are config.json and the weights of one checkpoint? else please report this model",
         )
     return model.eval()
 
@@ -169,10 +216,10 @@ def dense_parts(
 def route_packed(model: Any, quantizer: Any, spec: MoESpec, few: Few) -> None:
     """Have a packed model use those experts alone."""
     layers = {layer.prefix: layer for layer in spec.layers}
-    for name, prefix in quantizer.prefixes.items():
-        layer = layers[prefix]
+    modules = {id(m): (m, layers[prefix]) for n, prefix in quantizer.prefixes.items() for m in [model.get_submodule(n)]}
+    for module, layer in modules.values():  # once each, where two parts of a model share one
         if len(few[layer.layer]) < layer.experts:
-            route_to(model.get_submodule(name), few[layer.layer])
+            route_to(module, few[layer.layer])
 
 
 def packed_parts(out: Path, spec: MoESpec, few: Few) -> Parts:
@@ -217,8 +264,10 @@ def read_back(
         with unsealed_allowed(), torch.no_grad():
             found = loaded_logits(out, ids, spec, {})
             wanted = logits_of(load_dense(source, out, spec, map_, other), ids).double()
-    except MopeqError:
-        raise
+    except MopeqError as problem:
+        if other is None:
+            raise
+        raise MopeqError(problem.line, "it was not sealed; make it with --other-bits 16") from None
     except Exception as problem:  # whatever a model's own code raises where its config does not fit its weights
         raise MopeqError(
             f"the packed checkpoint does not run: {first_line(problem)}",

@@ -144,7 +144,10 @@ def match_names(prefixes: list[str], names: list[str]) -> dict[str, str]:
             matched[name] = prefix
     if len(matched) < len(names):
         odd = next(name for name in names if name not in matched)
-        raise MopeqError(f"{odd} has no counterpart among the checkpoint's experts", "please report this model")
+        raise MopeqError(
+            f"{odd} has no counterpart among the checkpoint's experts",
+            "does config.json ask for more layers than the weights hold? else please report this model",
+        )
     return matched
 
 

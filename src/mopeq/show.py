@@ -23,9 +23,13 @@ def out(*things: Any) -> None:
         console.print(thing)
 
 
+def count_text(parameters: int) -> str:
+    return f"{parameters / 1e9:.3f} B" if parameters >= 1e8 else f"{parameters / 1e6:.3f} M"
+
+
 def show_plan(r: dict[str, Any]) -> None:
     out(
-        f"{r['model_type']}: {r['params'] / 1e9:.3f} B parameters, {r['expert_params'] / 1e9:.3f} B of them in"
+        f"{r['model_type']}: {count_text(r['params'])} parameters, {count_text(r['expert_params'])} of them in"
         f" {r['experts']:,} routed experts of {r['layers']} layers"
     )
     t = table("", "bytes", "")

@@ -72,7 +72,16 @@ if TYPE_CHECKING:
     from mopeq.tune import Tuned
 
 SOURCE = ".mopeq/source.json"  # in OUT: the folder it is made from, and what lay there
-NO_BYTES = ("run", "device", "max_memory", "map", "calib", "fit", "ray")  # options that change none, or are told apart
+NO_BYTES = (
+    "run",
+    "device",
+    "max_memory",
+    "map",
+    "calib",
+    "avg_bits",
+    "fit",
+    "ray",
+)  # options that change none, or are told apart
 AT_A_TIME = 1 << 24  # weights that are quantized together, in float32
 NO_SENSE = ("uniform", "random")  # allocators that ask for no sensitivity
 
@@ -210,6 +219,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
     """The whole line, resumable: MODEL to a packed checkpoint. Returns what `--json` prints (docs/commands.md)."""
     started = time.monotonic()
     job, out = open_job(model, Options(**options)), Path(out)
+    job.options.check_scores()
     predicted = job.predicted_bytes  # whether the budget can be met is checked before anything else
     digest = job_digest(job)
     before = refuse_changed(job, out)
@@ -218,6 +228,11 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
         return done
     check_out(job, out)
     check_ties(job)
+    from mopeq.models import pick_device
+    from mopeq.readback import check_model
+
+    pick_device(job.options.device)  # refused where there is none, also by what does not need it
+    check_model(job.folder, job.spec, job.options.other)
     if job.options.ray:
         from mopeq import cluster
 
@@ -276,6 +291,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
 
 def made_from(job: Job, calibration: Calibration | None) -> dict[str, Any]:
     """The source, the options and the data, as JSON: all that another budget is solved from beside a sensitivity."""
+    kept_at = str(Path(job.options.run).resolve()) if job.options.run else None  # found from any folder
     options = {
         k: (list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v)
         for k, v in vars(job.options).items()
@@ -285,7 +301,7 @@ def made_from(job: Job, calibration: Calibration | None) -> dict[str, Any]:
         "source_name": job.name,
         "source_revision": job.revision,
         "source_digest": job.spec.digest,
-        "options": options | {"calib": [str(p) for p in job.options.calib]},
+        "options": options | {"calib": [str(p) for p in job.options.calib], "run": kept_at},
         "calibration": {"digest": calibration.digest, "tokens": calibration.tokens} if calibration else None,
     }
 

@@ -6,22 +6,31 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 import transformers
 from family_trial import TOLERANCE, Trial, other_bits, try_family
 from headers import checkpoint
-from tiny_families import families
+from made import quantize
+from tiny_families import families, model_of
 
+from mopeq import readback
 from mopeq.errors import BadInput, MopeqError
 from mopeq.families import ADAPTERS, FAMILIES, WHERE_TO_ADD
 from mopeq.families.standard import read_spec
-from mopeq.models import quiet_transformers
+from mopeq.models import generating, quiet_transformers
+from mopeq.progress import silence
 from mopeq.seam import match_names
+from mopeq.verbs import evaluate, run
+from mopeq.verbs.generation import generation
 
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "families.json"
 
 
 @pytest.mark.parametrize("family", families())
-def test_packed_agrees_with_the_dense_reference(family: str, tmp_path: Path) -> None:
+def test_packed_agrees_with_the_dense_reference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read back with a few of the experts, as a model is that has many."""
+    monkeypatch.setattr(readback, "FEW", 2)
     quiet_transformers()
     made = try_family(family, tmp_path)
     assert made.text < TOLERANCE and made.watched < TOLERANCE
@@ -41,6 +50,53 @@ def test_other_bits_as_recorded(family: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(Exception):  # noqa: B017, PT011 - transformers' own errors among them
             other_bits(family, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "matrix"),
+    [
+        ("gemma4", "embed_tokens.qweight cannot be packed: Gemma4TextScaledWordEmbedding"),
+        ("deepseek_v4", "wo_a.qweight cannot be packed: DeepseekV4GroupedLinear"),
+        ("qwen3_omni_moe", "several models in one"),
+    ],
+)
+def test_other_bits_are_refused_before_any_work(family: str, matrix: str, tmp_path: Path) -> None:
+    quiet_transformers()
+    with pytest.raises(BadInput, match=matrix) as error:
+        other_bits(family, tmp_path)
+    assert "--other-bits 16" in error.value.hint
+    assert not [*tmp_path.rglob("spec.json"), *tmp_path.rglob("*.npz")]
+
+
+def packed_with_tokenizer(family: str, room: Path) -> Path:
+    """A family's tiny model, packed without data."""
+    model_of(family).to(torch.bfloat16).save_pretrained(room / "source")
+    tiny.write_tokenizer(room / "source")
+    with silence():
+        quantize(room / "source", room / "packed")
+    return room / "packed"
+
+
+def test_a_classifier_of_tokens_neither_generates_nor_has_a_perplexity(tmp_path: Path) -> None:
+    out = packed_with_tokenizer("openai_privacy_filter", tmp_path)
+    for work in (lambda: run.answer(out, "a"), lambda: evaluate.evaluate(out), lambda: generation(out, 2, "cpu")):
+        with pytest.raises(BadInput, match="predicts no next token"):
+            work()
+
+
+def test_a_translator_has_no_perplexity_of_one_text(tmp_path: Path) -> None:
+    out = packed_with_tokenizer("nllb_moe", tmp_path)
+    assert run.answer(out, "a", max_new_tokens=2)["new_tokens"]
+    for work in (lambda: evaluate.evaluate(out), lambda: generation(out, 2, "cpu")):
+        with pytest.raises(BadInput, match="does not read text as a causal"):
+            work()
+
+
+def test_what_transformers_generation_raises_is_told_as_its_own() -> None:
+    with pytest.raises(MopeqError, match="does not generate with this model: the cache is of no use"), generating():
+        raise ValueError("the cache is of no use")
+    with pytest.raises(BadInput, match="ours"), generating():
+        raise BadInput("ours", "stays")
 
 
 def check_record(made: Trial) -> None:

@@ -115,6 +115,31 @@ def test_other_expert_counts(model: Path, tmp_path: Path) -> None:
     both(model, tmp_path / "out", "num_experts = 60")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 32}, "in the weights"),
+        ({"vocab_size": 999}, "[999, 64] by config.json"),
+        ({"hidden_size": "64"}, "expected int, got str"),
+        ({"num_hidden_layers": 3}, "model.layers.2.mlp.experts has no counterpart"),
+        ({"hidden_act": "nonesuch"}, "cannot build the model"),
+    ],
+)
+def test_a_config_of_another_checkpoint(change: dict[str, Any], said: str, model: Path, tmp_path: Path) -> None:
+    """Whatever `plan` cannot see of it is refused before any work."""
+    config(model, lambda c: c | change)
+    ended = quantize(model, tmp_path / "out")
+    assert said in ended.refused()[0] and "check:" not in ended.err
+    nothing_written(tmp_path / "out")
+
+
+def test_a_pointer_in_the_place_of_a_shard(model: Path, tmp_path: Path) -> None:
+    """What git leaves where Git LFS is not installed."""
+    path = sorted(model.glob("*.safetensors"))[0]
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 4100\n")
+    both(model, tmp_path / "out", path.name, "Git LFS")
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mopeq"])
 def test_a_source_quantized_already(method: str, model: Path, tmp_path: Path) -> None:
     config(model, lambda c: c | {"quantization_config": {"quant_method": method, "bits": 4}})

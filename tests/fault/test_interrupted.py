@@ -182,6 +182,15 @@ def test_another_budget_takes_the_saved_sensitivity(tmp_path: Path) -> None:
     assert alone.code == 0 and digests(tmp_path / "b") == digests(tmp_path / "c")
 
 
+def test_the_same_job_in_other_words_is_already_made(tmp_path: Path) -> None:
+    folder, out = source("olmoe"), tmp_path / "out"
+    assert mopeq("quantize", folder, "-o", out).code == 0
+    words = ("--avg-bits", "3", "--bits", "4,3,2", "--shard-size", "5000MB", "--group-size", "64")
+    again = mopeq("quantize", folder, "-o", out, *words)
+    assert again.code == 0 and "already made" in again.err
+    assert "another finished" in mopeq("quantize", folder, "-o", out, "--avg-bits", "2.9").refused()[0]
+
+
 def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
     """By name; in another OUT it is welcome, and nothing of the old source is taken."""
     folder, out = copy(source("olmoe"), tmp_path / "model"), tmp_path / "out"

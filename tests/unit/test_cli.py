@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,13 @@ def test_what_typer_itself_refuses(arguments: list[str], capsys: Any) -> None:
         (["quantize", "x", "-o", "y", "--sensitivity", "magic"], "magic"),
         (["quantize", "x", "-o", "y", "--method", "magic"], "magic"),
         (["quantize", "x", "-o", "y", "--device", "tpu"], "--device tpu"),
-        (["verify", "/nowhere"], "/nowhere"),
+        (["run", "x", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["eval", "x", "--limit", "-1"], "--limit -1"),
+        (["eval", "x", "--save", "/"], "/ is a folder"),
+        (["bench", "x", "--new-tokens", "0"], "--new-tokens 0"),
+        (["bench", "x", "--plot", "/"], "/ is a folder"),
+        (["bench", "x", "--shapes", "64x32x8x2"], "not both"),
+        (["verify", "/nowhere"], "/nowhere is no folder"),
         (["map", "/nowhere"], "/nowhere"),
         (["run", "/nowhere", "--prompt", "x"], "/nowhere"),
         (["eval", "/nowhere"], "/nowhere"),
@@ -125,8 +133,9 @@ def test_a_run_directory_solves_other_budgets_too(tmp_path: Path, monkeypatch: A
         return dict(json.loads(capsys.readouterr().out))
 
     source, options = made.source("olmoe"), {"per": "projection", "avg_bits": 2.5}
-    with silence():
-        made.quantize(source, tmp_path / "out", run=tmp_path / "run", **options)
+    with silence(), monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        made.quantize(source, tmp_path / "out", run="run", **options)  # and is found from elsewhere
         made.quantize(source, tmp_path / "alone", **options)
     wanted = solved(tmp_path / "out")
     assert (
@@ -257,6 +266,14 @@ def test_flags_of_the_contract() -> None:
     assert flags["eval"] >= {"--against", "--data", "--window", "--tasks", "--json"}
     assert flags["bench"] >= {"--shapes", "--tokens", "--bits", "--against", "--device", "--plot", "--json"}
     assert flags["report"] >= {"-o", "--json"} and flags["verify"] >= {"--json"} and flags["demo"] >= {"--json"}
+
+
+def test_a_terminal_of_ascii_gets_what_it_can_show(tmp_path: Path) -> None:
+    """A multiplication sign, or an answer in Chinese, is no failure of what was done."""
+    out, _ = made.packed("olmoe")
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-m", "mopeq.cli", "map", out], env=env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and " ? 3g64a" in ended.stdout
 
 
 def test_a_closed_pipe_is_no_fault(monkeypatch: Any, capsys: Any) -> None:

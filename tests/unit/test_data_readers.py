@@ -226,7 +226,8 @@ def test_builtin_texts_and_pictures() -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     refused(tmp_path / "absent.jsonl", "no file")
     refused(tmp_path, "folder")
-    refused(write(tmp_path, "a.parquet", "x"), "parquet")
+    refused(write(tmp_path, "a.parquet", "x"), "a.parquet ends in .parquet")
+    refused(write(tmp_path, "data", "x"), "data has no ending")
     for name in ("a.jsonl", "a.txt", "a.tsv"):
         refused(write(tmp_path, name), name, "nothing to read")
     refused(write(tmp_path, "b.jsonl", {"text": "  "}), "nothing to read")
@@ -242,7 +243,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ('["text"]', ["list"]),
         ('{"txet": "a"}', ["txet"]),
         ("{}", ["none"]),
-        ('{"text": 3}', ["text"]),
+        ('{"text": 3}', ["its text is a int"]),
         ('{"text": "\\ud800"}', ["half a character"]),
         ('{"question": ["a"]}', ["question"]),
         ('{"question": "a", "image": 7}', ["int"]),

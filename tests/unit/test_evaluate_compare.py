@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopeq.errors import MopeqError
+from mopeq.errors import BadInput, MopeqError
 from mopeq.evaluate.compare import compare
 
 
@@ -239,3 +239,9 @@ def test_each_row_is_kept_and_the_rows_make_the_whole() -> None:
     assert found.all.top1_ci95[0] <= found.all.top1_agreement <= found.all.top1_ci95[1]
     alone = compare([text], None, packed)
     assert alone.all.ppl_change is None and alone.all.top1_ci95 is None and alone.rows[0].kl == 0.0
+
+
+def test_models_of_two_vocabularies_are_not_compared() -> None:
+    batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    with pytest.raises(BadInput, match="320 logits a token, the packed model 384"):
+        compare([batch], lambda _: torch.zeros(1, 3, 320), lambda _: torch.zeros(1, 3, 384))

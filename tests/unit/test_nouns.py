@@ -115,6 +115,9 @@ def test_an_endless_number_is_refused_like_any_other() -> None:
 
 
 def test_sizes_for_people() -> None:
+    assert [size_text(n) for n in (0, 3, 102, 103, 3000, 2**17)] == [
+        "0 bytes", "3 bytes", "102 bytes", "0.10 KiB", "2.93 KiB", "0.12 MiB"
+    ]  # fmt: skip
     assert size_text(2**30) == "1.00 GiB" and size_text(2**20) == "1.00 MiB" and size_text(12.5 * 2**30) == "12.50 GiB"
 
 

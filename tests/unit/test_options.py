@@ -69,6 +69,17 @@ def test_refusals(kw: dict[str, Any], said: str) -> None:
     assert said in refused.value.line and refused.value.hint and "\n" not in refused.value.line
 
 
+@pytest.mark.parametrize("sensitivity", ["fisher", "fisher-seq", "error"])
+def test_costs_are_no_scores_to_cluster(sensitivity: str) -> None:
+    """Found out before any data is shown, and not by `plan`, which senses nothing."""
+    o = Options(allocate="kmeans", sensitivity=sensitivity)
+    with pytest.raises(BadInput) as refused:
+        o.check_scores()
+    assert sensitivity in refused.value.line and "--sensitivity hessian" in refused.value.hint
+    for fine in ({"allocate": "kmeans", "sensitivity": "hybrid"}, {"sensitivity": "fisher"}, {"map": "m.json"}):
+        Options(**fine).check_scores()
+
+
 @pytest.mark.parametrize("fit", ["", "x%", "%", "nan%", "inf%", "-5%", "0x5%", "12Gi", "-1", "1e400%"])
 def test_sizes_that_are_none(fit: str) -> None:
     with pytest.raises(BadInput) as refused:

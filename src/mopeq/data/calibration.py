@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import Batch, encode, image_positions, max_positions, windows
+from mopeq.data.encode import Batch, asked, max_positions, windows
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item, builtin, read
@@ -21,6 +21,7 @@ from mopeq.errors import BadInput
 
 WINDOW = 256  # tokens of joined text shown at a time: few, as no model was trained on less than it is shown here
 ROWS = 8  # windows in a batch
+LONGEST_TOKEN = 64  # characters; no text's tokens are so long on the whole
 PICTURES = 512  # drawn questions at hand where the built-in set is used for a vision-language model
 
 
@@ -72,7 +73,8 @@ def interleaved(*kinds: list[Batch]) -> list[Batch]:
 def text_batches(items: list[Item], processor: Any, config: Any, tokens: int) -> Iterator[Batch]:
     """Windows of joined text, a few rows at a time, up to `tokens` tokens."""
     window = min(WINDOW, max_positions(config) or WINDOW, max(tokens, 2))
-    all_rows = windows((item.text for item in items if item.text), tokenizer_of(processor), window)
+    most = LONGEST_TOKEN * tokens  # a corpus in one line is not tokenized for what is not shown
+    all_rows = windows((item.text[:most] for item in items if item.text), tokenizer_of(processor), window)
     rows = list(islice(all_rows, -(-tokens // window)))
     for length in sorted({len(row) for row in rows}, reverse=True):
         alike = [row for row in rows if len(row) == length]
@@ -87,9 +89,9 @@ def asked_batches(items: list[Item], processor: Any, config: Any, tokens: int) -
     for item in items:
         if shown >= tokens:
             return
-        batch = encode(item, processor)
+        batch = asked(item, processor, config)
         shown += batch["input_ids"].numel()
-        yield batch | {"image_mask": image_positions(batch, config)} if item.images else batch
+        yield batch
 
 
 def digest(batches: Sequence[Batch]) -> str:

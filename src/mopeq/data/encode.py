@@ -191,11 +191,17 @@ def batches(items: Sequence[Item], processor: Any, config: Any, window: int) -> 
     for ids in windows((item.text for item in items if item.text is not None), tokenizer_of(processor), window):
         yield {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
     for item in (item for item in items if item.text is None):
-        batch = encode(item, processor)
-        length = batch["input_ids"].shape[1]
-        if most and length > most:
-            raise BadInput(f"{item.source}: {length} tokens, the model has {most} positions", "shorten it")
-        yield batch | {"image_mask": image_positions(batch, config)} if item.images else batch
+        yield asked(item, processor, config)
+
+
+def asked(item: Item, processor: Any, config: Any) -> Batch:
+    """A conversation with its answer, and `image_mask` [1, T] bool where it shows pictures. BadInput if it is longer
+    than the model has positions."""
+    batch = encode(item, processor)
+    length, most = batch["input_ids"].shape[1], max_positions(config)
+    if most and length > most:
+        raise BadInput(f"{item.source}: {length} tokens, the model has {most} positions", "shorten it")
+    return batch | {"image_mask": image_positions(batch, config)} if item.images else batch
 
 
 def modality_mask(input_ids: Tensor, config: Any) -> Tensor:

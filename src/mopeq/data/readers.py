@@ -72,6 +72,9 @@ def read(path: str | Path) -> list[Item]:
         raise BadInput(f"{path} is a folder, not a data file", "name one .jsonl, .tsv or .txt file")
     if not path.exists():
         raise BadInput(f"there is no file {path}", "check the path given to --calib or --data")
+    if path.suffix.lower() not in DATASETS:
+        ends = f"ends in {path.suffix}" if path.suffix else "has no ending"
+        raise BadInput(f"{path.name} {ends}, which tells of no kind of data", f"choose from: {', '.join(DATASETS)}")
     reader = pick(DATASETS, path.suffix.lower(), "kind of data file")
     items = reader(path)
     if not items:
@@ -140,6 +143,8 @@ def _jsonl_item(line: str, path: Path, where: str) -> Item:
         return _question(row, meta, path.parent, where)
     if isinstance(row.get("text"), str):
         return Item(text=row["text"], meta=meta)
+    if "text" in row:
+        raise BadInput(f"{where}: its text is a {type(row['text']).__name__}", 'write {"text": "…"}, in quotes')
     raise BadInput(
         f"{where}: the keys are {', '.join(row) or 'none'}",
         'a line is {"text"}, {"messages", "images"} or {"image", "question", "answer"}',

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mopeq.data.encode import Batch, model_inputs
-from mopeq.errors import MopeqError
+from mopeq.errors import BadInput, MopeqError
 from mopeq.evaluate.paired import mean_of
 
 Logits = Callable[[Batch], Tensor]
@@ -106,14 +106,18 @@ def compare(batches: Iterable[Batch], original: Logits | None, packed: Logits, c
       [B, T] bool (optional, kept from the model), and whatever else the models take
     original, packed: batch -> logits [B, T, V], any float dtype, any device
     chunk: positions turned to float32 at a time; as many as CHUNK_ELEMENTS allows if None. Changes no result
-    MopeqError if a model gives NaN, or if there is nothing to measure.
+    MopeqError if a model gives NaN, if there is nothing to measure, or if the two have not the same vocabulary.
     """
     sums = {"text": _Sums(), "image": _Sums()}
     with torch.no_grad():
         for batch in batches:
             inputs = model_inputs(batch)
             ours, theirs = packed(inputs), original(inputs) if original else None
-            assert theirs is None or theirs.shape == ours.shape, f"logits {tuple(ours.shape)}, {tuple(theirs.shape)}"
+            if theirs is not None and theirs.shape != ours.shape:
+                raise BadInput(
+                    f"the original has {theirs.shape[-1]:,} logits a token, the packed model {ours.shape[-1]:,}",
+                    "--against is the model that it was made from",
+                )
             for row in range(len(ours)):
                 _add_row(sums, batch, row, ours[row], None if theirs is None else theirs[row], chunk)
     parts = {name: _part([one], original is not None) for name, one in sums.items() if one.rows}

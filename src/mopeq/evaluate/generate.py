@@ -19,6 +19,7 @@ from mopeq.data.processor import tokenizer_of
 from mopeq.data.readers import Item
 from mopeq.data.wordings import understood, wording_of
 from mopeq.errors import MopeqError
+from mopeq.models import generating
 
 PADDABLE = ("pixel_values", "image_grid_thw", "image_sizes")  # rows of these do not depend on a prompt's length
 NEW_TOKENS = 64
@@ -91,7 +92,7 @@ def _greedy(model: Any, batch: Batch, new_tokens: int, tokenizer: Any) -> Tensor
         eos_token_id=stop_ids(model, tokenizer),
         pad_token_id=_pad_id(tokenizer),
     )
-    with torch.no_grad():
+    with torch.no_grad(), generating():
         out_BT = model.generate(**moved, generation_config=settings, logits_processor=[refuse_no_numbers])
     return out_BT[:, batch["input_ids"].shape[1] :]
 

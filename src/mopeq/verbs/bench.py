@@ -19,6 +19,7 @@ from torch.nn.functional import linear, silu
 
 from mopeq.errors import BadInput
 from mopeq.models import pick_device
+from mopeq.packed import write_atomic
 from mopeq.progress import say
 from mopeq.report.svg import number, svg
 from mopeq.verbs.layers import SHAPES, Shape, bytes_touched, random_experts, random_routing
@@ -42,7 +43,12 @@ def bench(
     """Rows of layers (of a packed checkpoint, or random ones in the shapes named), and the checkpoint's generation."""
     names = [name for name in shapes.split(",") if name]
     if (out is None) == (not names):
-        raise BadInput("bench needs a packed checkpoint or --shapes", f"shapes: {', '.join(SHAPES)}, or HxIxExK")
+        both = "takes a packed checkpoint or --shapes, not both" if names else "needs a packed checkpoint or --shapes"
+        raise BadInput(f"bench {both}", f"shapes: {', '.join(SHAPES)}, or HxIxExK")
+    if new_tokens < 1:
+        raise BadInput(f"--new-tokens {new_tokens} is not positive", "try --new-tokens 64")
+    if plot is not None and Path(plot).is_dir():
+        raise BadInput(f"{plot} is a folder", "--plot names the picture to write, like speed.svg")
     chosen, counts = pick_device(device), whole_numbers(tokens, "--tokens")
     widths = tuple(whole_numbers(bits, "--bits"))
     ceilings = measure_ceilings(chosen)
@@ -61,7 +67,7 @@ def bench(
         layer = random_experts(shape, widths, chosen, group_size)
         result["layers"] += measure_layer(name, shape, layer, counts, ceilings, chosen)
     if plot is not None:
-        Path(plot).write_text(picture(result["layers"]))
+        write_atomic(Path(plot), picture(result["layers"]).encode())
         result["plot"] = str(plot)
     return result
 

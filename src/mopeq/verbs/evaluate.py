@@ -26,7 +26,7 @@ from mopeq.evaluate.text import KIT
 from mopeq.families.standard import read_spec
 from mopeq.harness.lm_eval import find_tasks, run_harness
 from mopeq.memory import SHARE, available_memory
-from mopeq.models import load_model, pick_device
+from mopeq.models import check_generates, check_reads_text, load_config, load_model, pick_device
 from mopeq.nouns import digest_of, parse_size
 from mopeq.packed import MANIFEST, check_if_sealed, content_digest, json_bytes, write_atomic
 from mopeq.progress import progress, say
@@ -56,6 +56,10 @@ def evaluate(
     lm_eval: tasks of lm-evaluation-harness by name, and folders or files of such tasks; `limit` holds for them too.
     save: per-item records (JSON lines). float32 throughout. BadInput for unreadable data or folders.
     """
+    if limit is not None and limit < 1:
+        raise BadInput(f"--limit {limit} is not positive", "try --limit 100, or leave it out for all")
+    if save is not None and Path(save).is_dir():
+        raise BadInput(f"{save} is a folder", "--save names the file to write, like items.jsonl")
     folder, _ = find_folder(out)
     check_has_config(folder)
     source = None if against is None else find_folder(against)[0]  # a wrong path is said before anything is loaded
@@ -67,6 +71,7 @@ def evaluate(
     if not data:
         say("no --data given: measuring on mopeq's small built-in text, which calibration may have seen")
     check_if_sealed(folder)
+    check_predicts(folder)
     processor = load_processor(folder)
     chosen = pick_device(device)
     packed = load_model(folder, torch.float32, chosen)
@@ -95,6 +100,13 @@ def evaluate(
         kept = {"rows": [vars(row) for row in measured.rows], "answers": records, "units": units, "rules": rules}
         save_beside(folder, result, kept)
     return result
+
+
+def check_predicts(folder: Path) -> None:
+    """BadInput for a model whose logits are no prediction of the next token of a text."""
+    config = load_config(folder)
+    check_reads_text(config, "its losses cannot be measured this way; `mopeq run` shows what it answers")
+    check_generates(config)
 
 
 def by_task(items: list[Item], wanted: Sequence[str] | None, limit: int | None) -> list[Item]:

@@ -12,7 +12,7 @@ import torch
 
 from mopeq.checkpoint import find_folder
 from mopeq.errors import BadInput
-from mopeq.models import load_model
+from mopeq.models import check_generates, check_reads_text, generating, load_config, load_model
 from mopeq.verbs.layers import Shape
 
 PROMPT = 16  # tokens
@@ -22,13 +22,16 @@ def generation(folder: str | Path, new_tokens: int, device: str) -> dict[str, An
     """Greedy generation of one sequence from a fixed prompt: the median of the tokens after the first. float32 on a
     CPU, bf16 on a GPU. Peak memory is the process's on a CPU, torch's on a GPU."""
     found, _ = find_folder(folder)
+    config = load_config(found)
+    check_reads_text(config, "layers of its shape without it: --shapes HIDDENxINNERxEXPERTSxTOPK")
+    check_generates(config)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     model = load_model(found, torch.bfloat16 if device != "cpu" else torch.float32, device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
     times: list[float] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), generating():
         step = model(input_ids=ids, use_cache=True)
         for _ in range(new_tokens):
             began = time.perf_counter()

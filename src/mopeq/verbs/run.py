@@ -15,7 +15,7 @@ from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item
 from mopeq.errors import BadInput
 from mopeq.evaluate.generate import refuse_no_numbers
-from mopeq.models import load_model, pick_device
+from mopeq.models import check_generates, generating, load_config, load_model, pick_device
 from mopeq.packed import check_if_sealed
 from mopeq.progress import say
 
@@ -26,6 +26,8 @@ def answer(
     """Greedy answer to a prompt, with pictures where the model reads them; a base model without a chat template
     continues the text. float32 on CPU, bf16 on cuda. BadInput for an unreadable picture, MopeqError where the logits
     are not numbers."""
+    if max_new_tokens < 1:
+        raise BadInput(f"--max-new-tokens {max_new_tokens} is not positive", "try --max-new-tokens 128")
     folder, _ = find_folder(out)
     check_if_sealed(folder)
     check_has_config(folder)
@@ -35,6 +37,7 @@ def answer(
             raise BadInput(f"{image} does not exist", "give --image the path of a picture")
     if images and not reads_pictures(processor):
         raise BadInput(f"{out} reads text only", "leave --image out")
+    check_generates(load_config(folder))
     chosen = pick_device(device)
     model = load_model(folder, torch.bfloat16 if chosen == "cuda" else torch.float32, chosen)
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
@@ -43,7 +46,7 @@ def answer(
     )
     inputs = model_inputs(encode_prompt(item, processor))
     started = time.monotonic()
-    with torch.inference_mode():
+    with torch.inference_mode(), generating():
         ids = model.generate(
             **{k: v.to(chosen) for k, v in inputs.items()},
             max_new_tokens=max_new_tokens,
