@@ -203,6 +203,14 @@ def test_serve_picks_vllm_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         serving.command_line(out, "transformers", "127.0.0.1", 8123, [])
 
 
+def test_serve_knows_what_vllm_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: name)
+    made.quantize(write_tiny(tmp_path / "source", "molmoe", seed=1), tmp_path / "out", **PLAIN)
+    assert "import mopeq" in serving.command_line(tmp_path / "out", "auto", "127.0.0.1", 8123, [])[2]
+    with pytest.raises(BadInput, match="its Molmo has no experts"):
+        serving.command_line(tmp_path / "out", "vllm", "127.0.0.1", 8123, [])
+
+
 def test_serve_refuses_an_unfinished_folder(tmp_path: Path) -> None:
     folder = made.copy(made.packed("olmoe", **PLAIN)[0], tmp_path / "cut")
     (folder / "mopeq_manifest.json").unlink()

@@ -13,17 +13,18 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from mopeq.checkpoint import find_folder
+from mopeq.checkpoint import find_folder, read_json
 from mopeq.errors import BadInput
 from mopeq.packed import check_sizes, read_map
 from mopeq.progress import say
 from mopeq.tables import Row, pick
 
 ENGINES: dict[str, Row] = {
-    "auto": Row("mopeq.verbs.serve:auto", "vllm where it is installed, else transformers"),
+    "auto": Row("mopeq.verbs.serve:auto", "vllm where it is installed and has the model, else transformers"),
     "vllm": Row("mopeq.verbs.serve:vllm", "many requests at once"),
     "transformers": Row("mopeq.verbs.serve:transformers", "every family that mopeq reads"),
 }
+NOT_IN_VLLM = {"molmo": "its Molmo has no experts"}  # model_type -> why
 WITH_MOPEQ = "import mopeq; from transformers.cli.transformers import app; app()"
 
 
@@ -43,6 +44,11 @@ def command_line(out: str | Path, engine: str, host: str, port: int, more: Seque
     folder, _ = find_folder(out)
     check_sizes(folder)
     read_map(folder)
+    why = NOT_IN_VLLM.get(read_json(folder / "config.json")["model_type"])
+    if why and engine == "vllm":
+        raise BadInput(f"vLLM cannot serve this model: {why}", "--engine transformers")
+    if why and engine == "auto":
+        engine = "transformers"
     chosen: Callable[[], list[str]] = pick(ENGINES, engine, "engine")
     return [*chosen(), str(folder), "--host", host, "--port", str(port), *more]
 

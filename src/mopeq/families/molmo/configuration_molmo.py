@@ -70,6 +70,7 @@ class MolmoConfig(PreTrainedConfig):
     """config.json of MolmoE; NotThisModel for the dense Molmo models, which share its model_type and architecture."""
 
     model_type = "molmo"
+    has_no_defaults_at_init: ClassVar[bool] = True  # transformers 5.19 would make one: a dense Molmo's
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     sub_configs: ClassVar[dict[str, type]] = {"vision_backbone": MolmoVisionConfig}
     attribute_map: ClassVar[dict[str, str]] = {
