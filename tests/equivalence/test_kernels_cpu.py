@@ -204,7 +204,7 @@ def test_activations_that_are_not_finite_are_not_hidden() -> None:
 def test_auto_takes_it_for_few_tokens_only() -> None:
     shape = Shape(64, 32, 8, 2)
     layer = random_experts(shape, (3,))
-    few, many = torch.zeros(2, 64), torch.zeros(8 * cpu.FEW, 64)
+    few, many = torch.zeros(2, 64), torch.zeros(8 * cpu.few(), 64)
     assert choose(layer, few, random_routing(shape, 2, 0)[0]) == "cpu"
     assert choose(layer, many, random_routing(shape, len(many), 0)[0]) == "torch"
     assert choose(layer, few.double(), random_routing(shape, 2, 0)[0]) == "torch"

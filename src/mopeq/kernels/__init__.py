@@ -92,5 +92,5 @@ def choose_linear(matrix: Any, x: Tensor) -> str:
 
     if (x.requires_grad and torch.is_grad_enabled()) or x.device.type != "cpu":
         return "torch"
-    few = x.numel() <= cpu.FEW * matrix.in_features
+    few = x.numel() <= cpu.few() * matrix.in_features
     return "cpu" if few and not cpu.refuses({matrix.format}, x) else "torch"

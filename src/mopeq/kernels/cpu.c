@@ -54,9 +54,9 @@ typedef struct {
 } Activations;
 
 /* Where a step's two blocks lie: of each 8 values those at even places in one vector, those at odd places in a second,
-   since a shifted byte of codes of up to 4 bits holds two neighbours. AVX-512 wants the blocks in turn, 4 bytes each, so
-   that two scales broadcast as one 64-bit word meet their own; AVX2 a block in each half of a vector, 32 values a pair of
-   vectors. */
+   since a shifted byte of codes of up to 4 bits holds two neighbours. AVX-512 wants the blocks in turn, 4 bytes each,
+   so that two scales broadcast as one 64-bit word meet their own; AVX2 a block in each half of a vector, 32 values in
+   two vectors. */
 INLINE void place(int level, const int8_t *from, int8_t *to, int64_t second_block) {
     for (int q = 0; q < 8; q++)
         for (int odd = 0; odd < 2; odd++) {
@@ -157,14 +157,18 @@ INLINE uint64_t read_bytes(const uint8_t *p, int64_t bytes) {
 
 /* ------------------------------------------------------------- one row of codes, times m activations
 
-   `out` [m] = sums of scales * (code . x). `scales` [m, n]: the weights' scale times the activations', for each block
-   if `uniform`, else for each unit. `rows` says which activations. */
+   `out` [m] = the sum of `start` [m, 16], and of scales * (code . x). `scales` [m, n]: the weights' scale times the
+   activations', for each block if `uniform`, else for each unit. `rows` says which activations. */
 
-static void dot_plain(const uint8_t *codes, int64_t row_bytes, int bits, const float *scales, const Activations *a,
-                      const int32_t *rows, int m, float *out, int uniform) {
+static void dot_plain(const uint8_t *codes, int64_t row_bytes, int bits, const float *scales, const float *start,
+                      const Activations *a, const int32_t *rows, int m, float *out, int uniform) {
     int mask = (1 << bits) - 1;
     int64_t steps = a->stride / (uniform ? BLOCK : UNIT);
-    for (int r = 0; r < m; r++) out[r] = 0;
+    for (int r = 0; r < m; r++) {
+        float sum = 0; /* of 16 in a register: out[r] may be anywhere, so that each step would wait for memory */
+        for (int k = 0; k < 16; k++) sum += start[16 * r + k];
+        out[r] = sum;
+    }
     for (int64_t at = 0; at < a->stride; at += UNIT) {
         int16_t c[UNIT];
         for (int half = 0; half < 2; half++) {
@@ -183,8 +187,8 @@ static void dot_plain(const uint8_t *codes, int64_t row_bytes, int bits, const f
 }
 
 #if X86
-/* By width, which two bytes of 16 hold each wanted bit field, and the factor that brings its first bit to bit 8: up to 4
-   bits, pairs of codes, of the first 16 and of the next; above, even codes and odd ones. */
+/* By width, which two bytes of 16 hold each wanted bit field, and the factor that brings its first bit to bit 8: up to
+   4 bits, pairs of codes, of the first 16 and of the next; above, even codes and odd ones. */
 static uint8_t fields[9][2][32];
 static int16_t raise[9][2][16];
 
@@ -193,7 +197,8 @@ __attribute__((constructor)) static void make_tables_avx2(void) {
         for (int which = 0; which < 2; which++)
             for (int i = 0; i < 16; i++) {
                 int bit = bits <= 4 ? 2 * bits * (i % 8 + 8 * which) : bits * (2 * (i % 8) + which);
-                fields[bits][which][2 * i] = (uint8_t)(bit / 8), fields[bits][which][2 * i + 1] = (uint8_t)(bit / 8 + 1);
+                uint8_t *pair = fields[bits][which] + 2 * i;
+                pair[0] = (uint8_t)(bit / 8), pair[1] = (uint8_t)(bit / 8 + 1);
                 raise[bits][which][i] = (int16_t)(1 << (8 - bit % 8));
             }
 }
@@ -278,13 +283,17 @@ INLINE TARGET_AVX2 void step_avx2(int bits, int ms, const uint8_t *p, int64_t s,
 }
 
 INLINE TARGET_AVX2 void dot_avx2(int bits, int ms, const uint8_t *codes, int64_t row_bytes, const float *scales,
-                                 const Activations *a, const int32_t *rows, float *out, int uniform) {
+                                 const float *start, const Activations *a, const int32_t *rows, float *out,
+                                 int uniform) {
     const int64_t steps = a->stride / STEP, per_row = steps * (uniform ? 2 : 8);
     const int reads = (bits > 4 ? 14 : 12) * bits + 16; /* of a step */
     int64_t s = 0, inside = row_bytes < reads ? 0 : (row_bytes - reads) / (16 * bits) + 1;
     const int8_t *x[4];
     __m256 sum[4];
-    for (int r = 0; r < ms; r++) x[r] = a->parts + rows[r] * 3 * a->stride, sum[r] = _mm256_setzero_ps();
+    for (int r = 0; r < ms; r++) {
+        x[r] = a->parts + rows[r] * 3 * a->stride;
+        sum[r] = _mm256_add_ps(_mm256_loadu_ps(start + 16 * r), _mm256_loadu_ps(start + 16 * r + 8));
+    }
     for (; s < inside; s++) {
         const uint8_t *p = codes + s * 16 * bits;
         _mm_prefetch((const char *)(p + NEAR), _MM_HINT_T0), _mm_prefetch((const char *)(p + FAR), _MM_HINT_T1);
@@ -306,18 +315,20 @@ INLINE TARGET_AVX2 void dot_avx2(int bits, int ms, const uint8_t *codes, int64_t
 
 #define DOTS_OF_256(BITS)                                                                                             \
     TARGET_AVX2 static void dot_avx2_##BITS(int ms, const uint8_t *codes, int64_t row_bytes, const float *scales,     \
-                                            const Activations *a, const int32_t *rows, float *out, int uniform) {     \
+                                            const float *start, const Activations *a, const int32_t *rows,            \
+                                            float *out, int uniform) {                                                \
         if (uniform && ms == 1)                                                                                       \
-            dot_avx2(BITS, 1, codes, row_bytes, scales, a, rows, out, 1);                                             \
+            dot_avx2(BITS, 1, codes, row_bytes, scales, start, a, rows, out, 1);                                      \
         else if (ms == 4)                                                                                             \
-            dot_avx2(BITS, 4, codes, row_bytes, scales, a, rows, out, uniform);                                       \
+            dot_avx2(BITS, 4, codes, row_bytes, scales, start, a, rows, out, uniform);                                \
         else if (ms == 2)                                                                                             \
-            dot_avx2(BITS, 2, codes, row_bytes, scales, a, rows, out, uniform);                                       \
+            dot_avx2(BITS, 2, codes, row_bytes, scales, start, a, rows, out, uniform);                                \
         else                                                                                                          \
-            dot_avx2(BITS, 1, codes, row_bytes, scales, a, rows, out, uniform);                                       \
+            dot_avx2(BITS, 1, codes, row_bytes, scales, start, a, rows, out, uniform);                                \
     }
 DOTS_OF_256(1) DOTS_OF_256(2) DOTS_OF_256(3) DOTS_OF_256(4) DOTS_OF_256(5) DOTS_OF_256(6) DOTS_OF_256(7) DOTS_OF_256(8)
-typedef void DotAvx2(int, const uint8_t *, int64_t, const float *, const Activations *, const int32_t *, float *, int);
+typedef void DotAvx2(int, const uint8_t *, int64_t, const float *, const float *, const Activations *, const int32_t *,
+                     float *, int);
 static DotAvx2 *const DOTS_AVX2[9] = {0, dot_avx2_1, dot_avx2_2, dot_avx2_3, dot_avx2_4,
                                       dot_avx2_5, dot_avx2_6, dot_avx2_7, dot_avx2_8};
 
@@ -483,7 +494,8 @@ TARGET_512 static void prepare_512(const uint16_t *scales, const uint8_t *zeros,
 INLINE TARGET_AVX2 void prepare_some_avx2(const uint16_t *scales, const uint8_t *zeros, int middle, int taken, int m,
                                           const Activations *a, const int32_t *rows, const float *sums, int64_t groups,
                                           int64_t per, int uniform, const int32_t *of_step, float *to, float *start) {
-    const __m256i quarter = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i quarter = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     int64_t blocks = a->stride / BLOCK, steps = uniform ? blocks : a->stride / UNIT;
     for (int i = 0; i < taken; i++, scales += groups, zeros += 16)
         for (int r = 0; r < m; r++, to += steps, start += 16) {
@@ -522,6 +534,39 @@ TARGET_AVX2 static void prepare_avx2(const uint16_t *scales, const uint8_t *zero
         prepare_some_avx2(scales, zeros, middle, taken, m, a, rows, sums, groups, 1, 1, of_step, to, start);
     else
         prepare_some_avx2(scales, zeros, middle, taken, m, a, rows, sums, groups, per, uniform, of_step, to, start);
+}
+
+/* Fields of `wide` bits, `apart` bits from each other, cut in halves: the upper ones move half way to the next. */
+INLINE TARGET_AVX2 __m256i halved(__m256i v, int wide, int apart) {
+    uint64_t low = (1ull << wide / 2) - 1;
+    for (int at = apart; at < 64; at *= 2) low |= low << at;
+    __m256i mask = _mm256_set1_epi64x((long long)low), up = _mm256_sll_epi64(v, _mm_cvtsi32_si128((apart - wide) / 2));
+    return _mm256_or_si256(_mm256_and_si256(v, mask), _mm256_andnot_si256(mask, up));
+}
+
+/* eight_zeros for AVX2: 8 groups' codes spread over bytes, and those transposed. */
+TARGET_AVX2 static void zeros_avx2(const uint8_t *p, int64_t stride, int64_t left, int bits, int64_t groups,
+                                   uint8_t *zeros) {
+    const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1));
+    for (int64_t g = 0; g < groups; g += 8) {
+        long long words[8];
+        for (int i = 0; i < 8; i++, p += stride, left -= stride) words[i] = (long long)read_bytes(p, left);
+        __m256i v[2];
+        for (int odd = 0; odd < 2; odd++) {
+            v[odd] = _mm256_setr_epi64x(words[odd], words[2 + odd], words[4 + odd], words[6 + odd]);
+            v[odd] = halved(halved(halved(v[odd], 8 * bits, 64), 4 * bits, 32), 2 * bits, 16);
+            v[odd] = _mm256_and_si256(v[odd], mask);
+        }
+        __m256i low = _mm256_unpacklo_epi8(v[0], v[1]), high = _mm256_unpackhi_epi8(v[0], v[1]);
+        __m256i rows[2] = {_mm256_unpacklo_epi16(low, high), _mm256_unpackhi_epi16(low, high)};
+        uint8_t *to = zeros + g / 16 * 128 + g % 16;
+        for (int i = 0; i < 2; i++, to += 64) { /* four rows of four groups, and of the next four */
+            __m128i a = _mm256_castsi256_si128(rows[i]), b = _mm256_extracti128_si256(rows[i], 1);
+            __m128i c = _mm_unpacklo_epi32(a, b), d = _mm_unpackhi_epi32(a, b);
+            _mm_storel_epi64((__m128i *)to, c), _mm_storeh_pd((double *)(to + 16), _mm_castsi128_pd(c));
+            _mm_storel_epi64((__m128i *)(to + 32), d), _mm_storeh_pd((double *)(to + 48), _mm_castsi128_pd(d));
+        }
+    }
 }
 
 /* eight_zeros for AVX-512. */
@@ -584,6 +629,10 @@ INLINE void eight_zeros(int level, const Matrix *w, int64_t out, int64_t n, int6
 #if X86
     if (level == 2) {
         zeros_512(p, row_bytes, left, w->bits, groups, zeros);
+        return;
+    }
+    if (level == 1) {
+        zeros_avx2(p, row_bytes, left, w->bits, groups, zeros);
         return;
     }
 #endif
@@ -683,6 +732,10 @@ INLINE void some_rows(int level, const Matrix *w, int64_t in, int64_t out, int64
     for (int i = 0; fast && i < 16 * per; i++) of_step[i] = (int32_t)(i / per);
     for (int r = 0; r < m; r++) /* [m, groups]: x over each group */
         for (int64_t g = 0; g < groups; g++) {
+            if (per == 1) {
+                memcpy(sums + r * groups, step_sums + rows[r] * steps, 4 * groups);
+                break;
+            }
             float sum = 0;
             for (int64_t u = g * per; u < (g + 1) * per && u < steps; u++) sum += step_sums[rows[r] * steps + u];
             sums[r * groups + g] = sum;
@@ -740,14 +793,13 @@ INLINE void some_rows(int level, const Matrix *w, int64_t in, int64_t out, int64
                     if (level == 1)
                         for (int r = 0, ms; r < m; r += ms) {
                             ms = m - r < 2 ? 1 : m - r < 4 ? 2 : 4;
-                            DOTS_AVX2[w->bits](ms, row, row_bytes, both + (i * m + r) * steps, a, rows + r, d + r,
-                                               uniform);
+                            DOTS_AVX2[w->bits](ms, row, row_bytes, both + (i * m + r) * steps,
+                                               start + (i * m + r) * 16, a, rows + r, d + r, uniform);
                         }
                     else
 #endif
-                        dot_plain(row, row_bytes, w->bits, both + i * m * steps, a, rows, m, d, uniform);
-                    for (int r = 0; r < m; r++)
-                        for (int k = 0; k < 16; k++) d[r] += start[(i * m + r) * 16 + k];
+                        dot_plain(row, row_bytes, w->bits, both + i * m * steps, start + i * m * 16, a, rows, m, d,
+                                  uniform);
                 }
             for (int i = 0; i < taken; i++)
                 for (int r = 0; r < m; r++) y[to[r] * out + n + i] = dots[i * m + r];

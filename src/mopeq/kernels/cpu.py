@@ -23,7 +23,7 @@ from mopeq.nouns import Format
 from mopeq.seam import activate
 
 UNIT = 16  # as in cpu.c
-FEW = 128  # tokens an expert, on average, up to which this is faster than unpacking and BLAS, as measured
+FEW = (2, 64, 128)  # tokens a matrix up to which this is faster than unpacking and BLAS, as measured: C, AVX2, AVX-512
 MATRIX = np.dtype([("codes", "u8"), ("scales", "u8"), ("zeros", "u8"), ("bits", "i4"), ("group", "i4")])
 KEPT = 1 << 23  # bytes of room that are kept for a thread's next call
 SILU = 1  # of triton.gate_of
@@ -41,7 +41,13 @@ def refuses(formats: set[Format], x: Tensor) -> str:
 def suits(experts: Any, index_TK: Tensor) -> bool:
     """Whether there are few enough tokens for each chosen expert."""
     pairs = index_TK.numel()
-    return pairs <= FEW * min(pairs, experts.num_experts)
+    return pairs <= few() * min(pairs, experts.num_experts)
+
+
+def few() -> int:
+    """How many tokens a matrix are few on this machine."""
+    lib = library()[0]
+    return FEW[lib.mopeq_level()] if lib is not None else 0
 
 
 @dataclass
