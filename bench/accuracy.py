@@ -53,7 +53,7 @@ from mopeq.tune import tune_scales
 
 AVERAGES = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0)
 KMEANS = {"allocate": "kmeans", "scope": "model", "sensitivity": "hessian"}
-AS_KMEANS = "fisher, projection, at the bytes of kmeans model, hessian"
+AS_KMEANS = "fisher, projection, kmeans' bytes"  # those of the model-wide map by hessian
 PROJECTION, GROUPED = "fisher, projection", "fisher, projection, groups 64,128"
 # (quantizer, arm), what it is compared with, at an average or the other's own bytes; ratio of KL at most
 WANTED: tuple[tuple[tuple[str, str], tuple[str, str], float | None, str], ...] = (
