@@ -29,8 +29,10 @@ class Progress:
     def line(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = self.done / seconds
-        left = (self.total - self.done) / rate if rate > 0 else 0.0
         share = 100 * self.done / self.total if self.total else 100.0
+        if not rate:
+            return f"{self.what}: {share:3.0f} %"
+        left = max(self.total - self.done, 0.0) / rate
         return f"{self.what}: {share:3.0f} %  {amount_text(rate)} {self.unit}/s  {time_text(left)} left"
 
     def tell(self, text: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from mopeq.alloc.halves import regret
 from mopeq.data.encode import no_padding
 from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity
-from mopeq.progress import progress
+from mopeq.progress import Progress, progress
 from mopeq.quant import QUANTIZERS
 from mopeq.rundir import CANDIDATES, Kept
 from mopeq.seam import Seen, plain_forward, watch, weights
@@ -201,7 +201,9 @@ def take_in_memory(taker: Taker) -> int:
     kept = next(n for n in range(len(scene.batches) + 1) if n not in taker.counted)  # without a gap
     if (used := settled_after(taker, kept)) is not None:
         return used
-    taker.candidates = candidates(scene, walking, visit, visit.layers)
+    weights_to_do = len(scene.formats) * sum(layer.params for layer, _ in visit.layers)
+    with progress("sense: candidates", weights_to_do, "weights") as p:
+        taker.candidates = candidates(scene, walking, visit, visit.layers, p.step)
     taker.done = set(taker.counted)  # from here on: moments were of all batches
     with progress(f"sense: {taker.kind}", len(scene.batches), "batches") as p, watch(walking.model, taker):
         for number, _ in enumerate(visit.each()):
@@ -229,7 +231,11 @@ def take_walking(taker: Taker) -> int:
                     number, _, projection = name.partition(".")
                     taker.found[int(number), layer.layer, projection] = torch.from_numpy(form)
             taker.layer_of = {id(module): layer for layer, module in todo}
-            taker.candidates = candidates(scene, walking, visit, todo)
+            work = (
+                2 * len(scene.formats) * sum(layer.params for layer, _ in todo)
+            )  # candidates count as half of a layer
+            tick = partial(part_of, p, len(todo) / work if work else 0)
+            taker.candidates = candidates(scene, walking, visit, todo, tick)
             with watch(walking.model, taker):
                 for _ in visit.each():
                     taker.count_batch()
@@ -238,11 +244,15 @@ def take_walking(taker: Taker) -> int:
                     f"{n}.{q}": f.cpu().numpy() for (n, number, q), f in taker.found.items() if number == layer.layer
                 }
                 scene.kept.save(f"layer-{layer.layer}", forms)
-            p.step(len(pairs))
+            p.step(len(pairs) - len(todo) / 2)
             taker.candidates.clear()  # before the next layer comes
     used = settled_after(taker, len(scene.batches))
     assert used is not None
     return used
+
+
+def part_of(p: Progress, share: float, amount: float) -> None:
+    p.step(share * amount)
 
 
 def settled_after(taker: Taker, batches: int) -> int | None:
@@ -373,15 +383,24 @@ def summed(scene: Scene, values: Sequence[np.ndarray], which: Sequence[int]) -> 
 
 
 def candidates(
-    scene: Scene, walking: Walk, visit: Visit, pairs: Sequence[tuple[MoELayer, Any]]
+    scene: Scene,
+    walking: Walk,
+    visit: Visit,
+    pairs: Sequence[tuple[MoELayer, Any]],
+    tick: Callable[[float], None] = lambda weights: None,
 ) -> dict[tuple[int, str], list[QWeight]]:
-    """What the real quantizer makes of each layer of a visit: {(layer, projection): one QWeight [E, …] a format}."""
+    """What the real quantizer makes of each layer of a visit: {(layer, projection): one QWeight [E, …] a format}.
+
+    `tick` is told how many weights have been quantized, each format's counted.
+    """
     if not pairs:
         return {}
     quantize = pick(QUANTIZERS, scene.quantizer, "quantization method")
     needs_data = QUANTIZERS[scene.quantizer].needs_data
     made = kept_candidates(scene, pairs) if walking.whole else {}
-    pairs = [(layer, module) for layer, module in pairs if (layer.layer, layer.projections[0]) not in made]
+    kept = [layer for layer, _ in pairs if (layer.layer, layer.projections[0]) in made]
+    tick(len(scene.formats) * sum(layer.params for layer in kept))
+    pairs = [(layer, module) for layer, module in pairs if layer not in kept]
     adding = Adding(walking, scene.batches, pairs if needs_data else ())
     if adding.found:
         with watch(walking.model, adding):
@@ -393,20 +412,19 @@ def candidates(
         for p, w_ENC in weights(module).items():
             m = None if seen is None else seen.of(p)
             size = max(1, CHUNK // (w_ENC.shape[1] * w_ENC.shape[2]))
-            made[layer.layer, p] = [
-                QWeight.join(
-                    [
-                        quantize(w.float(), fmt, moments=None if m is None else m[at : at + size], seed=scene.seed)
-                        for at, w in ((at, w_ENC[at : at + size]) for at in range(0, layer.experts, size))
-                    ]
-                )
-                for fmt in scene.formats
-            ]
+            made[layer.layer, p] = []
+            for fmt in scene.formats:
+                parts = []
+                for at in range(0, layer.experts, size):
+                    w = w_ENC[at : at + size].float()
+                    parts.append(quantize(w, fmt, moments=None if m is None else m[at : at + size], seed=scene.seed))
+                    tick(w.numel())
+                made[layer.layer, p].append(QWeight.join(parts))
         if walking.whole and scene.kept.has_room(len(scene.formats) * layer.params):
-            parts = {
+            packed = {
                 (p, f): made[layer.layer, p][f].pack() for p in layer.projections for f in range(len(scene.formats))
             }
-            arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in parts.items() for k, t in part.items()}
+            arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in packed.items() for k, t in part.items()}
             if seen is not None:
                 arrays |= {"tokens": seen.tokens_E.numpy(), "finite": np.array(seen.finite)}
             scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays)
