@@ -18,7 +18,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("cpu.c")
 ROUND = Path(__file__).with_name("round.c")
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread")
-SECONDS = 120  # after which a compiler is given up on
+SECONDS = 300  # after which a compiler is given up on
 
 
 def cache_folder() -> Path:
