@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from mopeq.alloc import core
+from mopeq.alloc import knapsack as exact
 from mopeq.alloc.choose import Question, knapsack
 from mopeq.alloc.reach import largest_total
 from mopeq.nouns import Format
@@ -47,6 +50,17 @@ def test_nearly_equal_steps_do_not_dictate_the_split():
     best = question([4550], weights_J, 0.25)  # the same costs where no byte differs
     cost, least = (float(q.cost_JF[np.arange(480), c].sum()) for c in (choice_J, knapsack(best)))
     assert cost <= 1.005 * least
+
+
+def test_where_no_exact_total_is_found_in_time_a_little_is_left(monkeypatch):
+    """With hardly any work allowed the exact search gives up on nearly equal steps; a total a little below is found."""
+    rng = np.random.default_rng(3)
+    q = question([4550, 4550, 4560], np.exp(rng.normal(size=480)), 0.25)
+    monkeypatch.setattr(exact, "MOST_PARTS", 0)
+    monkeypatch.setattr(core, "WORK_LIMIT", 1)
+    with pytest.raises(exact.TooOdd):
+        exact.solve(q.cost_JF, q.problem.bytes_JF, q.target.expert_bytes)
+    assert 0 <= q.target.expert_bytes - spent(q, knapsack(q)) < 4550
 
 
 def test_code_bits_are_met_exactly_and_cost_alone_decides():

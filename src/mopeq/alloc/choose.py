@@ -39,20 +39,27 @@ def least_cost(q: Question, cost_JF: np.ndarray) -> np.ndarray:
 
     Code bits are spent exactly. Bytes too, unless that were dear: where a bit costs 4,550 bytes in one projection and
     4,560 in another, a total of bytes dictates how many bits each projection gets, whatever they are worth. If leaving
-    less than the smallest step unspent makes the map cheaper by more than `DEAR`, it is left, and stored as padding.
+    less than the smallest step unspent makes the map cheaper by more than `DEAR`, it is left, and stored as padding; so
+    it is where an exact total cannot be found in reasonable time.
     """
     assert q.target is not None
     p = q.problem
     if q.target.code_bits is not None:
         found = exact.solve(cost_JF, p.code_JF, q.target.code_bits)
     else:
-        found = exact.solve(cost_JF, p.bytes_JF, q.target.expert_bytes)
+        refused: exact.TooOdd | None = None
+        try:
+            found = exact.solve(cost_JF, p.bytes_JF, q.target.expert_bytes)
+        except exact.TooOdd as error:
+            refused = error
         step_JF = np.diff(np.sort(p.bytes_JF, axis=1), axis=1)
         slack = int(step_JF[step_JF > 0].min(initial=q.target.expert_bytes)) - 1
         if slack >= int(np.gcd.reduce(step_JF, axis=None)):  # else the steps are alike, and nothing less can be spent
             near = exact.solve(cost_JF, p.bytes_JF, q.target.expert_bytes, slack)
-            if near.cost < found.cost - DEAR * abs(found.cost):
-                found = near
+            if refused or near.cost < found.cost - DEAR * abs(found.cost):
+                found, refused = near, None
+        if refused:
+            raise refused
     if found.gap > 0:
         say(f"allocate: stopped early; the map's cost {found.cost:.4g} is at most {found.gap:.2g} above the least")
     return found.choice_I

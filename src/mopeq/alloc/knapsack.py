@@ -31,6 +31,10 @@ MOST_PARTS = 8  # steps among which a total is shared
 LARGEST = 2**48  # of a first-level cost times the units of a move: sums of a few thousand stay within 64 bits
 
 
+class TooOdd(BadInput):
+    """Shapes so odd that the exact search would not end in reasonable time."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """The chosen format of each item, its summed cost (exactly rounded), and a bound on what an optimum could save."""
@@ -46,8 +50,7 @@ def solve(cost_IF: Floats, weight_IF: Ints, total: int, slack: int = 0) -> Solut
     cost_IF [items, formats], +inf where a format is forbidden; weight_IF int64 of the same shape, >= 0.
     Of several optimal choices the same one is returned on every machine: of equal bargains the item of lower index gets
     the wider format, of equal formats the first column is taken.
-    Raises BadInput: NaN or -inf costs, an item with every format forbidden, a total that no choice meets, and shapes so
-    odd that the exact search would not end in reasonable time.
+    Raises BadInput: NaN or -inf costs, an item with every format forbidden, a total that no choice meets; TooOdd.
     """
     if slack and cost_IF.ndim == 2 and cost_IF.shape[1] > 1:
         unspent_XF = _unspent(weight_IF, slack)
@@ -142,8 +145,8 @@ def _check(cost_IF: Floats, weight_IF: Ints) -> None:
         )
 
 
-def _too_odd() -> BadInput:
-    return BadInput(
+def _too_odd() -> TooOdd:
+    return TooOdd(
         "these shapes, widths and group sizes have too little in common for an exact allocation",
         "use one --group-size that divides the experts' dimensions, or fewer widths in --bits",
     )

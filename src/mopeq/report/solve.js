@@ -515,15 +515,21 @@ const MopeqSolver = (() => {
       solve(limit) {
         const total = largestTotal(reach, limit), slack = Math.min(total, least) - 1;
         if (total === null) return null;
-        let found = meet(exact, total);
+        let found = null, refused = null;
+        try {
+          found = meet(exact, total);
+        } catch (problem) {
+          refused = problem;
+        }
         if (!loose.has(slack)) {
           const rows = unspent(weights, slack), free = rows.map((row) => row.map(() => 0));
           loose.set(slack, rows.length ? prepare([...costs, ...free], [...weights, ...rows]) : null);
         }
         if (loose.get(slack)) {
           const near = meet(loose.get(slack), total);
-          if (near.cost < found.cost - DEAR * Math.abs(found.cost)) found = near;
+          if (!found || near.cost < found.cost - DEAR * Math.abs(found.cost)) found = near;
         }
+        if (!found) throw refused;
         const choice = found.choice.slice(0, weights.length);
         return { choice, cost: found.cost, gap: found.gap, bytes: sum(choice.map((f, i) => weights[i][f])), total };
       },
