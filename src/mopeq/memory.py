@@ -5,10 +5,11 @@ Estimates, on the high side; `bench/large.py` measures them. The unit is bytes.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mopeq.nouns import MoELayer, MoESpec
+from mopeq.nouns import Format, MoELayer, MoESpec, PackedTensor
 from mopeq.quant import QUANTIZERS, moment_bytes
 from mopeq.sense import SENSORS
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 PROCESS = 450 << 20  # Python, torch and transformers
 PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in between
+PARAMETER = 5  # what one of a part takes while the part runs in float32; 6.3 and what is stored were measured
+HELD = 3.3  # times a layer's packed experts, while they are stored and put in order; 2.9 was measured
+FEW = 8  # experts of a layer that are compared when it is read back, more where that many do not hold all its formats
 SHARE = 0.9  # of the memory that is free, where --max-memory says nothing
 
 
@@ -52,21 +56,70 @@ def shown_bytes(layers: list[MoELayer], options: Options) -> int:
 def whole_bytes(spec: MoESpec, options: Options) -> int:
     """With the whole model in float32: what is fastest to show data to."""
     tuned = 12 * spec.expert_params if options.tune != "none" else 0  # originals, packed values and gradients beside
-    return PROCESS + PASSING + 4 * spec.params + max(tuned, shown_bytes(list(spec.layers), options))
+    at_work = PASSING + max(tuned, shown_bytes(list(spec.layers), options))
+    return PROCESS + 4 * spec.params + max(spec.nbytes, at_work)  # while it is loaded its files are mapped
 
 
 def loaded_bytes(spec: MoESpec, expert_bytes: int) -> int:
-    """A finished checkpoint loaded to be compared: its experts packed, all else in float32."""
-    return PROCESS + PASSING + expert_bytes + 4 * (spec.params - spec.expert_params)
+    """A finished checkpoint loaded to be compared: its experts packed, all else in float32, from mapped files."""
+    others = [t for n, t in spec.tensors.items() if spec.roles[n] != "routed expert"]
+    return PROCESS + PASSING + expert_bytes + sum(4 * t.count + t.nbytes for t in others)
 
 
 def layer_bytes(spec: MoESpec, options: Options) -> int:
-    """One layer at a time. Its dequantized weights in float32 are held twice, and a third more, while a finished
-    checkpoint is read back and put into the source's layout."""
-    biggest = 0
+    """One layer at a time, or another part of the model: a walk holds a decoder layer, an embedding or a head."""
+    parts, resident = other_parts(spec)
+    biggest = max((PARAMETER * count + largest for count, largest in parts.values()), default=0)
     for layer in spec.layers:
-        steps = [stored_bytes(spec, layer) + 2 * layer.params, 10 * layer.params]
+        beside = PARAMETER * parts.get(part_of(layer.prefix), (0, 0))[0]
+        steps = [read_back_bytes(spec, layer, options), packing_bytes(spec, layer, options)]
         if options.needs_data:
             steps.append(PASSING + 4 * layer.params + shown_bytes([layer], options))
-        biggest = max(biggest, *steps)
-    return PROCESS + biggest
+        biggest = max(biggest, beside + max(steps))
+    return PROCESS + resident + biggest
+
+
+def other_parts(spec: MoESpec) -> tuple[dict[str, tuple[int, int]], int]:
+    """({part: (parameters outside routed experts, bytes of its largest tensor)}, bytes of what no part holds).
+
+    A part is what has a number, `model.layers.3`, or an embedding or head by itself; the rest is resident, in float32.
+    """
+    parts: dict[str, tuple[int, int]] = {}
+    resident = 0
+    for name, tensor in spec.tensors.items():
+        if spec.roles[name] == "routed expert":
+            continue
+        if (key := part_of(name)) == name and spec.roles[name] != "embedding":
+            resident += 4 * tensor.count
+            continue
+        count, largest = parts.get(key, (0, 0))
+        parts[key] = count + tensor.count, max(largest, tensor.nbytes)
+    return parts, resident
+
+
+def part_of(name: str) -> str:
+    """`model.layers.3.mlp.experts` -> `model.layers.3`; a name without a number is its own part."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else name
+
+
+def widest_bytes(layer: MoELayer, options: Options) -> int:
+    """A layer's routed experts, packed as wide as the options allow (a given map may take any width)."""
+    formats = options.formats if options.map is None else (Format(8, min(options.groups)),)
+    return layer.experts * sum(max(f.nbytes(*shape) for f in formats) for shape in layer.shapes.values())
+
+
+def packing_bytes(spec: MoESpec, layer: MoELayer, options: Options) -> int:
+    """A layer's packed experts and, where their stored bytes do not lie apart, all of them read."""
+    infos = (spec.tensors[place.name(0)] for place in layer.places.values() if not place.per_expert)
+    together = any(isinstance(info, PackedTensor) for info in infos)
+    read = stored_bytes(spec, layer) + 2 * layer.params if together else 0
+    return read + widest_bytes(layer, options)
+
+
+def read_back_bytes(spec: MoESpec, layer: MoELayer, options: Options) -> int:
+    """A layer's packed experts, stored and put in order, and a few (readback.py) in float32: these twice, and a third
+    more, while they are put into the source's layout. All of them where their module has an adapter."""
+    formats = len(options.formats) if options.map is None else 8
+    few = layer.experts if spec.adapted else min(layer.experts, max(FEW, len(layer.shapes) * formats))
+    return 10 * layer.params * few // layer.experts + int(HELD * widest_bytes(layer, options))

@@ -224,6 +224,7 @@ class MoESpec:
     roles: Mapping[str, str]
     config: Mapping[str, Any]
     digest: str  # of headers, sizes and modification times: the stages' notion of "the same source"
+    adapted: bool = False  # whether the model's experts modules need an adapter of mopeq's (families.ADAPTERS)
 
     @property
     def linears(self) -> list[tuple[LinearId, tuple[int, int]]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mopeq.assemble import PackedReader, dense_layer, dense_tensor, dense_tensors
 from mopeq.checkpoint import shard_files
 from mopeq.errors import BadInput, MopeqError, first_line
+from mopeq.memory import FEW
 from mopeq.models import load_config, load_model, logits_of, model_class, quiet_transformers
 from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, PrecisionMap
 from mopeq.packed import unsealed_allowed
@@ -29,7 +30,6 @@ from mopeq.walk.parts import CannotWalk, Parts, empty_model
 from mopeq.walk.walking import Walk
 
 TOKENS = 16
-FEW = 8  # experts of a layer that are compared, more where that many do not hold all its formats
 TOLERANCE = 1e-3  # of the logits' spread, float32: widths, names or layouts gone wrong miss it by far
 
 

@@ -41,6 +41,7 @@ class Family:
     flat: bool = False
     zero_experts: str = ""  # the config's count of experts that only hand their input on, and have no `down`
     modules: tuple[str, ...] = ()  # the modules that share one list of experts on disk, in that order
+    adapted: bool = False  # whether a row of ADAPTERS gives its experts module the shared interface
 
 
 EACH = Family()  # one tensor per expert and projection, the commonest layout
@@ -62,7 +63,9 @@ FAMILIES: dict[str, Family] = {
         EACH,
     ),
     "aria": Family(per_expert=False, gate_up="fc1", down="fc2", transposed=True),
-    "dbrx": Family(per_expert=False, block="mlp", gate="w1", up="v1", down="w2", transposed=("down",), flat=True),
+    "dbrx": Family(
+        per_expert=False, block="mlp", gate="w1", up="v1", down="w2", transposed=("down",), flat=True, adapted=True
+    ),
     "diffusion_gemma": STACKED,
     "dots3_note": Family(names=NAMES | {"fc1": "gate", "fc3": "up", "fc2": "down"}),
     "ernie4_5_vl_moe": Family(modules=("text_moe", "vision_moe")),
@@ -76,17 +79,17 @@ FAMILIES: dict[str, Family] = {
     "inkling_mm_model": W13,
     "inkling2": W13,
     # the attention's own experts are kept as they are: attention lies between their two matrices
-    "jetmoe": Family(per_expert=False, block="mlp", gate_up="input_linear", down="output_linear"),
-    "llama4": Family(per_expert=False, transposed=True),
-    "longcat_flash": Family(zero_experts="zero_expert_num"),
+    "jetmoe": Family(per_expert=False, block="mlp", gate_up="input_linear", down="output_linear", adapted=True),
+    "llama4": Family(per_expert=False, transposed=True, adapted=True),
+    "longcat_flash": Family(zero_experts="zero_expert_num", adapted=True),
     "mistral4": STACKED,
     "muse_spark": STACKED,
-    "nllb-moe": Family(names={"fc1": "up", "fc2": "down"}, numbered="expert_{e}"),
+    "nllb-moe": Family(names={"fc1": "up", "fc2": "down"}, numbered="expert_{e}", adapted=True),
     "openai_privacy_filter": Family(per_expert=False, transposed=True),
     # released checkpoints are transposed; transformers 5 saves them as the module holds them, and reads both
     "qwen3_vl_moe": Family(per_expert=False, transposed=None),
-    "step3p7": Family(per_expert=False, block="moe"),
-    "switch_transformers": Family(names={"wi": "up", "wo": "down"}, numbered="expert_{e}"),
+    "step3p7": Family(per_expert=False, block="moe", adapted=True),
+    "switch_transformers": Family(names={"wi": "up", "wo": "down"}, numbered="expert_{e}", adapted=True),
     "zaya": STACKED,
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ def read_spec(checkpoint: Checkpoint) -> MoESpec:
             "is this checkpoint dense, or saved by an unusual tool?",
         )
     check_expert_count(config, layers)
-    return MoESpec(model_type, layers, tensors, roles(tensors, layers), config, checkpoint.digest)
+    return MoESpec(model_type, layers, tensors, roles(tensors, layers), config, checkpoint.digest, family.adapted)
 
 
 def refuse_quantized(config: Mapping[str, Any]) -> None:
