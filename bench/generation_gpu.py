@@ -1,11 +1,12 @@
 """A language model in DeepSeek-VL2-Base's shape, of random weights, at work: tokens a second, packed and in bf16.
 
-    python bench/generation_gpu.py packed gemv grouped_mm batched_mm [--compile]
+    python bench/generation_gpu.py all_packed packed gemv grouped_mm batched_mm [--compile]
 
 Each step is one CUDA graph over a fixed cache, the next token included; one sequence, from an empty cache. `packed` has
-mopeq's experts (2, 3, 4 bits in equal shares, group 64); `grouped_mm` and `batched_mm` are transformers' two ways in
-bf16; `gemv` is bf16 by the gather-GEMV that `mopeq bench` compares with. --compile has torch.compile make each decoder
-layer, but for `packed` and `gemv` experts, which it cannot look into. Everything but the routed experts is the same.
+mopeq's experts (2, 3, 4 bits in equal shares, group 64), `all_packed` also every other matrix but routers at 4 bits, as
+`--other-bits 4` makes them; `grouped_mm` and `batched_mm` are transformers' two ways in bf16; `gemv` is bf16 by the
+gather-GEMV that `mopeq bench` compares with. --compile has torch.compile make each decoder layer, but for packed
+modules and `gemv` experts, which it steps around (it would compile each layer anew). Everything else is the same.
 """
 
 from __future__ import annotations
@@ -67,11 +68,36 @@ class GemvExperts(nn.Module):
         return (out.view(-1, k, hidden) * weight.to(out.dtype)[..., None]).sum(1)
 
 
+def pack_the_rest(model: Any, device: str, opaque: bool) -> None:
+    """Every linear layer and the embedding but routers (which are no such modules), as random codes of 4 bits."""
+    from mopeq.nouns import Format
+    from mopeq.plugins.matrices import PackedEmbedding, PackedLinear
+
+    fmt, generator = Format(4, 64), torch.Generator(device).manual_seed(1)
+    for name, original in list(model.named_modules()):
+        if type(original) not in (nn.Linear, nn.Embedding):
+            continue
+        made: Any = (PackedLinear if type(original) is nn.Linear else PackedEmbedding)(fmt, original)
+        for suffix, (_, shape) in fmt.shapes(*original.weight.shape).items():
+            if suffix == "scales":
+                value = (torch.rand(shape, generator=generator, device=device) * 0.004 + 0.002).half()
+            else:
+                value = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
+            setattr(made, suffix, nn.Parameter(value, requires_grad=False))
+        made.seal()
+        if opaque:
+            made.forward = torch.compiler.disable(made.forward)
+        model.set_submodule(name, made)
+
+
 def model_of(way: str, shape: Shape, sizes: dict[str, int], device: str, dtype: torch.dtype, opaque: bool) -> Any:
     """The model, its experts in that `way`."""
     from transformers import AutoModelForCausalLM, DeepseekV2Config
 
-    packed = way == "packed"  # then no experts are made in bf16 first: one tiny one is, and its width made up for
+    packed = way in (
+        "packed",
+        "all_packed",
+    )  # then no experts are made in bf16 first: one tiny one is, and its width made up for
     inner = 8 if packed else shape.inner
     config = DeepseekV2Config(
         hidden_size=shape.hidden, moe_intermediate_size=inner, n_shared_experts=2 * shape.inner // inner,
@@ -93,8 +119,10 @@ def model_of(way: str, shape: Shape, sizes: dict[str, int], device: str, dtype: 
             moe.experts = random_experts(shape, WIDTHS, device, seed=seed)
         elif way == "gemv":
             moe.experts = GemvExperts(moe.experts)
-        if opaque and way in ("packed", "gemv"):
+        if opaque and (packed or way == "gemv"):
             moe.experts.forward = torch.compiler.disable(moe.experts.forward)
+    if way == "all_packed":
+        pack_the_rest(model, device, opaque)
     return model
 
 
@@ -147,7 +175,7 @@ def rate(model: Any, device: str, compiled: Callable[..., Any] | None) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ways", nargs="+", choices=["packed", "gemv", "grouped_mm", "batched_mm"])
+    parser.add_argument("ways", nargs="+", choices=["all_packed", "packed", "gemv", "grouped_mm", "batched_mm"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to try this file")
     args = parser.parse_args()

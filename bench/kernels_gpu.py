@@ -97,6 +97,52 @@ def check(part: int, parts: int) -> int:
     return bad
 
 
+def linear_cases() -> list[tuple[int, int, int, int, str, int]]:
+    """(bits, group, out, in, dtype, tokens) of matrices that stand alone."""
+    cases = [(bits, group, 424, 1000, "bf16", 5) for bits in (2, 3, 4, 6, 8) for group in (32, 64, 128)]
+    for tokens in (0, 1, 8, 9, 64, 65, 300, 700):
+        cases += [(4, 64, 576, 2560, "bf16", tokens), (8, 64, 2048, 512, "fp16", tokens)]
+        cases += [(4, 32, 40, 104, "bf16", tokens)]
+    return cases
+
+
+def check_linear(part: int, parts: int) -> int:
+    """`check` for `kernels.linear`; every case also with weights that were packed again from the GPU's order."""
+    from torch import nn
+
+    from mopeq.kernels import choose_linear
+    from mopeq.nouns import Format
+    from mopeq.plugins.matrices import PackedLinear
+
+    bad = 0
+    for seed, (bits, group, out, inputs, kind, tokens) in enumerate(linear_cases()):
+        if seed % parts != part:
+            continue
+        dtype, fmt = (torch.bfloat16 if kind == "bf16" else torch.float16), Format(bits, group)
+        g = torch.Generator(DEVICE).manual_seed(seed)
+        with torch.device("meta"):
+            matrix = PackedLinear(fmt, nn.Linear(inputs, out, bias=False))
+        stored = {}
+        for suffix, (_, shape) in fmt.shapes(out, inputs).items():
+            stored[suffix] = torch.randint(0, 256, shape, generator=g, device=DEVICE, dtype=torch.uint8)
+            if suffix == "scales":
+                stored[suffix] = ((torch.rand(shape, generator=g, device=DEVICE) + 0.5) * 0.1 / 2**bits).half()
+            setattr(matrix, suffix, nn.Parameter(stored[suffix], requires_grad=False))
+        matrix.seal()
+        x = torch.randn(tokens, inputs, device=DEVICE, generator=g).to(dtype)
+        wanted = x.double() @ matrix.rows(slice(None), torch.float64).T
+        if choose_linear(matrix, x) != "triton":
+            raise SystemExit(f"{linear_cases()[seed]} is not for triton")
+        poison()
+        found, again = matrix(x), matrix(x)
+        off, kept = error(found, wanted), matrix.state_dict()
+        ok = off < (1.2e-2 if kind == "bf16" else 2e-3) and torch.equal(found, again)
+        ok &= found.shape == wanted.shape and all(torch.equal(kept[name], stored[name]) for name in stored)
+        bad += not ok
+        print(f"{'ok ' if ok else 'BAD'} {off:.5f} linear {(bits, group, out, inputs, kind, tokens)}", flush=True)
+    return bad
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
@@ -104,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.check:
         part, parts = (int(n) for n in args.part.split("/"))
-        bad = check(part, parts)
+        bad = check(part, parts) + check_linear(part, parts)
         print(f"part {args.part}: {bad} bad")
         sys.exit(1 if bad else 0)
     parser.print_help()

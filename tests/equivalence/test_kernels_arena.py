@@ -8,6 +8,8 @@ from test_kernels import EXPERTS, MODULES, distance, pack_module, routing
 
 from mopeq.kernels import arena
 from mopeq.nouns import Format
+from mopeq.plugins.matrices import PackedLinear
+from mopeq.quant.rtn import quantize
 from mopeq.verbs.layers import SHAPES, random_experts
 
 PALETTE = [Format(bits, group, scheme) for bits in range(1, 9) for group in (32, 64) for scheme in "as"]
@@ -39,6 +41,25 @@ def test_a_module_with_an_arena_lets_go_of_its_tiers_and_gives_them_back() -> No
     packed.use_tiers()
     assert set(dict(packed.named_buffers())) == names
     assert torch.equal(packed(x, index, weight), answer)
+
+
+@pytest.mark.parametrize("fmt", [Format(4, 64), Format(8, 32, "s"), Format(3, 32)])
+def test_a_matrix_that_stands_alone(fmt: Format) -> None:
+    """Its rows, all or some, and what is saved are the same once it holds an arena."""
+    with torch.device("meta"):
+        matrix = PackedLinear(fmt, torch.nn.Linear(100, 72, bias=False))
+    w = torch.randn(72, 100, generator=torch.Generator().manual_seed(2))
+    for name, value in quantize(w, fmt).pack().items():
+        setattr(matrix, name, torch.nn.Parameter(value, requires_grad=False))
+    matrix.seal()
+    before, rows, some = matrix.state_dict(), matrix.rows(slice(None), torch.float32), torch.tensor([70, 3, 3])
+    matrix.arena()
+    assert set(dict(matrix.named_buffers())) == {"like_", "arena_data"}
+    assert torch.equal(matrix.rows(slice(None), torch.float32), rows)
+    assert torch.equal(matrix.rows(some, torch.float32), rows[some])
+    assert torch.equal(matrix.rows(slice(5, 9), torch.float32), rows[5:9])
+    after = matrix.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_the_arena_is_hardly_larger_than_the_checkpoint() -> None:

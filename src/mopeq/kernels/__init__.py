@@ -24,6 +24,7 @@ KERNELS: dict[str, Row] = {
 
 LINEAR: dict[str, Row] = {
     "torch": Row("mopeq.kernels.grouped:linear", "torch, a bounded number of rows unpacked at a time"),
+    "triton": Row("mopeq.kernels.triton:linear", "NVIDIA GPUs: read packed; prompts on Hopper only"),
     "cpu": Row("mopeq.kernels.cpu:linear", "CPUs, few tokens: packed rows read once"),
 }
 
@@ -90,7 +91,13 @@ def choose_linear(matrix: Any, x: Tensor) -> str:
 
     from mopeq.kernels import cpu
 
-    if (x.requires_grad and torch.is_grad_enabled()) or x.device.type != "cpu":
+    if x.requires_grad and torch.is_grad_enabled():
+        return "torch"
+    if x.device.type == "cuda":
+        from mopeq.kernels import triton
+
+        return "torch" if triton.refuses_linear(matrix, x) else "triton"
+    if x.device.type != "cpu" or "arena_data" in matrix._buffers:  # which only a GPU reads fast
         return "torch"
     few = x.numel() <= cpu.few() * matrix.in_features
     return "cpu" if few and not cpu.refuses({matrix.format}, x) else "torch"

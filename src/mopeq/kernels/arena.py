@@ -106,10 +106,10 @@ class Arena:
         at, lay = list(self.layouts).index(p), self.layouts[p]
         fmt = self.formats[p][chosen[0]]
         assert all(self.formats[p][e] == fmt for e in chosen)
-        places = self.table[at].tolist()
-        found = [read_one(self.data, places[e], lay, fmt) for e in chosen]
-        codes, scales, zeros = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return QWeight(codes, scales, None if fmt.scheme == "s" else zeros, fmt)
+        places, every = self.table[at].tolist(), slice(lay.out_features)
+        found = [read_rows(self.data, places[e], lay, fmt, every) for e in chosen]
+        zeros = None if fmt.scheme == "s" else torch.stack([q.zeros for q in found if q.zeros is not None])
+        return QWeight(torch.stack([q.codes for q in found]), torch.stack([q.scales for q in found]), zeros, fmt)
 
 
 def layouts(experts: Any) -> dict[str, Layout]:
@@ -123,10 +123,9 @@ def layouts(experts: Any) -> dict[str, Layout]:
     return found
 
 
-def build(experts: Any) -> Arena:
-    """The arena of a filled `QuantizedExperts`, on its device, a few experts unpacked at a time."""
-    formats, lay_of = {p: experts.formats[p] for p in experts.projections}, layouts(experts)
-    table, end = torch.zeros(len(formats), experts.num_experts, len(COLUMNS), dtype=torch.int64), 0
+def placed(formats: Mapping[str, list[Format]], lay_of: Mapping[str, Layout]) -> tuple[Tensor, int]:
+    """The table of these matrices one after another, and their bytes."""
+    table, end = torch.zeros(len(formats), len(formats["down"]), len(COLUMNS), dtype=torch.int64), 0
     for at, (p, row) in enumerate(formats.items()):
         for e, fmt in enumerate(row):
             starts = [end]
@@ -137,6 +136,31 @@ def build(experts: Any) -> Arena:
             bits = STORED[fmt.bits]
             second //= max(1, SECOND[bits])
             table[at, e] = torch.tensor([words // 2, second, scales // 2, zeros, bits, fmt.group_size])
+    return table, end
+
+
+def of_matrix(matrix: Any, data: Tensor | None = None) -> Arena:
+    """The arena of one PackedMatrix, as the only expert's `down`; its bytes are made of the matrix unless given.
+
+    The table stays on the CPU, where it is known without waiting for a GPU.
+    """
+    formats = {"down": [matrix.format]}
+    out_features, in_features, group = matrix.out_features, matrix.in_features, matrix.format.group_size
+    lay = Layout(out_features, in_features, word_count(in_features, group), group)
+    table, end = placed(formats, {"down": lay})
+    if data is None:
+        data = torch.zeros(end, dtype=torch.uint8, device=matrix.qweight_.device)
+        step = max(1, AT_A_TIME // in_features)
+        for at in range(0, out_features, step):
+            part = matrix.quantized(slice(at, min(at + step, out_features)))
+            write_rows(data, table[0, 0].tolist(), lay, part, at)
+    return Arena(data, table, {"down": lay}, formats)
+
+
+def build(experts: Any) -> Arena:
+    """The arena of a filled `QuantizedExperts`, on its device, a few experts unpacked at a time."""
+    formats, lay_of = {p: experts.formats[p] for p in experts.projections}, layouts(experts)
+    table, end = placed(formats, lay_of)
     first = experts.tiers(experts.projections[0])[0].codes
     data = torch.zeros(end, dtype=torch.uint8, device=first.device)
     places = table.tolist()
@@ -148,7 +172,7 @@ def build(experts: Any) -> Arena:
                 part = members[first_of : first_of + step]
                 q = tier.qweight(part)
                 for i, e in enumerate(part):
-                    write_one(data, places[at][e], lay_of[p], q[i])
+                    write_rows(data, places[at][e], lay_of[p], q[i])
     return Arena(data, table.to(data.device), lay_of, formats)
 
 
@@ -159,40 +183,38 @@ def spans(place: list[int], lay: Layout, fmt: Format) -> list[slice]:
     return [slice(start, start + size) for start, size in zip(starts, lay.sizes(fmt), strict=True)]
 
 
-def write_one(data: Tensor, place: list[int], lay: Layout, q: QWeight) -> None:
-    """Put one matrix, codes [out, in], into the arena."""
-    bits = STORED[q.format.bits]
+def write_rows(data: Tensor, place: list[int], lay: Layout, q: QWeight, at: int = 0) -> None:
+    """Put rows of one matrix, codes [n, in], into the arena, from row `at` on."""
+    bits, n = STORED[q.format.bits], q.codes.shape[0]
     slots, tiles, w = SLOTS[bits], lay.tiles(bits), lay.words
-    codes = q.codes.new_zeros(lay.rows, tiles * slots * w)
-    codes[: lay.out_features, : lay.in_features] = q.codes
-    codes_KNSW = codes.view(lay.rows, tiles, slots, w).transpose(0, 1).int()
+    codes = q.codes.new_zeros(n, tiles * slots * w)
+    codes[:, : lay.in_features] = q.codes
+    codes_KNSW = codes.view(n, tiles, slots, w).transpose(0, 1).int()
     planes = [torch.zeros_like(codes_KNSW[:, :, 0]) for _ in range(2)]
     for slot in range(slots):
         for plane, first, width, of_code in pieces(bits, slot):
             planes[plane] |= (codes_KNSW[:, :, slot] >> of_code & 2**width - 1) << first
-    parts = [planes[0].to(torch.int16), planes[1].to(PLANE[SECOND[bits]])]
-    if not SECOND[bits]:
-        parts[1] = parts[1][:0]
-    scales = q.scales.new_zeros(q.scales.shape[1], lay.rows)
-    scales[:, : lay.out_features] = q.scales.T
-    zeros = torch.zeros_like(scales, dtype=torch.uint8)
-    zeros[:, : lay.out_features] = 2 ** (q.format.bits - 1) if q.zeros is None else q.zeros.T
-    for span, part in zip(spans(place, lay, q.format), [*parts, scales, zeros], strict=True):
-        data[span] = part.contiguous().view(torch.uint8).flatten()
+    words, second, scales, zeros = (data[span] for span in spans(place, lay, q.format))
+    for plane, part in zip((words.view(torch.int16), second.view(PLANE[SECOND[bits]])), planes, strict=True):
+        if len(plane):
+            plane.view(tiles, lay.rows, w)[:, at : at + n] = part.to(plane.dtype)
+    scales.view(torch.float16).view(-1, lay.rows)[:, at : at + n] = q.scales.T
+    zeros.view(-1, lay.rows)[:, at : at + n] = 2 ** (q.format.bits - 1) if q.zeros is None else q.zeros.T
 
 
-def read_one(data: Tensor, place: list[int], lay: Layout, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of `write_one`: codes uint8 [out, in], scales fp16 and zeros uint8 [out, groups]."""
+def read_rows(data: Tensor, place: list[int], lay: Layout, fmt: Format, index: Tensor | slice) -> QWeight:
+    """Some rows of a matrix as they were stored: codes [n, in], scales and zero points [n, groups]."""
     bits = STORED[fmt.bits]
     tiles, w = lay.tiles(bits), lay.words
-    words, second, scales, zeros = (data[span].clone() for span in spans(place, lay, fmt))
+    words, second, scales, zeros = (data[span] for span in spans(place, lay, fmt))
     planes = [words.view(torch.int16), second.view(PLANE[SECOND[bits]])]
-    codes = torch.zeros(tiles, lay.rows, SLOTS[bits], w, dtype=torch.int32, device=data.device)
+    planes = [plane.view(tiles, lay.rows, w)[:, index].int() for plane in planes if len(plane)]
+    codes = torch.zeros(*planes[0].shape[:2], SLOTS[bits], w, dtype=torch.int32, device=data.device)
     for slot in range(SLOTS[bits]):
         for plane, first, width, of_code in pieces(bits, slot):
-            there = planes[plane].view(tiles, lay.rows, w).int()
-            codes[:, :, slot] |= (there >> first & 2**width - 1) << of_code
-    codes = codes.transpose(0, 1).reshape(lay.rows, -1)[: lay.out_features, : lay.in_features].to(torch.uint8)
-    n = lay.out_features
-    of_group = scales.view(torch.float16).view(-1, lay.rows)[:, :n].T.contiguous()
-    return codes, of_group, zeros.view(-1, lay.rows)[:, :n].T.contiguous()
+            codes[:, :, slot] |= (planes[plane] >> first & 2**width - 1) << of_code
+    codes = codes.transpose(0, 1).flatten(1)[:, : lay.in_features].to(torch.uint8)
+    of_group = scales.view(torch.float16).view(-1, lay.rows)[:, index].T.contiguous()
+    return QWeight(
+        codes, of_group, None if fmt.scheme == "s" else zeros.view(-1, lay.rows)[:, index].T.contiguous(), fmt
+    )

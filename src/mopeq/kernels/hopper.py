@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -32,31 +33,33 @@ MOST = 2**31  # numbers in a tensor; the kernels reckon in 32 bits
 
 
 @cache
-def available(device: torch.device) -> bool:
-    """Whether this GPU and this version of Triton can run them."""
+def has_gluon(device: torch.device) -> bool:
+    """Whether this version of Triton compiles Gluon kernels for this GPU."""
     if device.type != "cuda" or torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
         import triton
 
-        from mopeq.kernels import hopper_kernels  # noqa: F401
+        from mopeq.kernels import few_kernels, hopper_kernels  # noqa: F401
     except (ImportError, AttributeError):  # Gluon is young and still moves
         return False
     return TRITON[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRITON[1]
 
 
+def available(device: torch.device) -> bool:
+    """Whether this GPU and this version of Triton can run them."""
+    return has_gluon(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def fits(sizes: Collection[int], rows: int, x: Tensor) -> bool:
+    """Whether Gluon kernels can address `rows` rows of these sizes, and copy x 16 bytes at a time."""
+    return all(size % 8 == 0 for size in sizes) and rows * max(sizes) < MOST and x.data_ptr() % 16 == 0
+
+
 def suits(experts: Any, layer: Layer, x: Tensor, pairs: int) -> bool:
     """Whether these experts and this many pairs are theirs."""
     sizes = {size for shape in experts.shapes.values() for size in shape}
-    return (
-        layer.gate.act > 0
-        and all(size % 8 == 0 for size in sizes)
-        and max(pairs, len(x)) * max(sizes) < MOST
-        and x.data_ptr() % 16 == 0
-        and available(x.device)
-    )
+    return layer.gate.act > 0 and available(x.device) and fits(sizes, max(pairs, len(x)), x)
 
 
 def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs: int, gating: dict[str, Any],
@@ -73,8 +76,23 @@ def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs:
     of_top = dict(P=0, CHOICES=pairs // len(x), UNIFORM=layer.uniform["up"], WIDTHS=layer.widths["up"])
     of_down = dict(P=len(made.layouts) - 1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
     launch(UPPER, many, x, h, source, biases, routed, top, **shared, **of_top)
-    launch(LOWER, many, h, y, source, (None, None), routed, down, **shared | dict(BIAS=False), **of_down)
+    launch(LOWER, many, h, y, source, (None, None), routed, down, **shared | PLAIN, **of_down)
     return y
+
+
+PLAIN = dict(GATED=False, ACT=0, ALPHA=1.0, LIMIT=0.0, BIAS=False)  # no gate
+
+
+def linear(layer: Layer, x: Tensor, y: Tensor) -> None:
+    """y [T, N] = x [T, K] times the transpose of a layer's only matrix."""
+    from mopeq.kernels.hopper_kernels import many
+
+    made, ints = layer.arena, dict(dtype=torch.int32, device=x.device)
+    start = torch.arange(0, len(x), TILE, **ints)  # type: ignore[call-overload]
+    routed = [torch.arange(len(x), **ints), torch.zeros_like(start), start, torch.full_like(start, len(x))]  # type: ignore[call-overload]
+    source = (made.table, made.data.view(torch.int32), layer.words, made.data, layer.halves)
+    of_it = dict(P=0, E=1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
+    launch(UPPER, many, x, y, source, (None, None), routed, made.layouts["down"], **PLAIN, **of_it)
 
 
 def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, routed: list[Tensor], lay: Layout,

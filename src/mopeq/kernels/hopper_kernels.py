@@ -212,7 +212,7 @@ def tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate,
          GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
          LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
          STAGES: gl.constexpr):  # fmt: skip
-    """One tile, written to h[pair]: P == 0: act(gate x) * (up x); else matrix P of x, without bias."""
+    """One tile of h[pair]: act(gate x) * (up x) by matrices P, P + 1; ACT == 0: matrix P of x, without bias."""
     NW: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, BM, 16])
     XL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [NW, 1], [1, 0])
@@ -224,14 +224,14 @@ def tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate,
     pair = gl.load(sorted_pairs + j_out, mask=j_out < end, other=0).to(gl.int64)
     to = pair[None, :] * N + n[:, None]
     mask = (j_out < end)[None, :] & (n < N)[:, None]
-    for side in range(0, 2 if P == 0 and GATED else 1):  # gate, then up
+    for side in range(0, 2 if ACT > 0 and GATED else 1):  # gate, then up
         y = one(e, P + side, table, words, pairs, bytes, halves, n0, x, x_row, E, N, K, W, GROUP, UNIFORM, BN, BM,
                 WIDTHS, STAGES, MMA, XL)  # fmt: skip
         turned = gl.allocate_shared_memory(h.dtype.element_ty, [BM, BN], gl.NVMMASharedLayout(128, 16, 2))
         turned.permute((1, 0)).store(y.to(h.dtype.element_ty))
         barrier()
         y = turned.permute((1, 0)).load(OUT)
-        if P == 0:  # noqa: SIM102
+        if ACT > 0:  # noqa: SIM102
             if side == (1 if GATED else 0):  # not known when this is compiled: no `and`
                 up = y.to(gl.float32)
                 gate = up

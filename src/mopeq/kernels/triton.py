@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from mopeq.kernels import arena, hopper
+from mopeq.kernels import arena, few, hopper
 from mopeq.kernels.arena import Arena
 from mopeq.seam import activate
 
 SCAN_PAIRS = 64  # up to here each program finds its tile's pairs itself; above, they are sorted first
 SORTED = 128  # pairs that a program sorts
+FEW = 64  # tokens up to which a lone matrix is multiplied as experts are
 MANY = 48  # pairs an expert, on average, from which tiles are large
 
 
@@ -176,7 +177,7 @@ def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Ten
         return out.zero_()
     x, ids, weight = x_TH.contiguous(), index_TK.contiguous(), weight_TK.contiguous()
     bias = experts.bias_of("down")
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+    with on(x):
         prompt = pairs / count >= MANY and hopper.suits(experts, layer, x, pairs)
         y = many_pairs(experts, layer, x, ids) if prompt else few_pairs(experts, layer, x, ids)
         has_bias = bias is not None
@@ -189,6 +190,46 @@ def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Ten
             num_warps=2, **following(x),
         )  # fmt: skip
     return out
+
+
+def refuses_linear(matrix: Any, x: Tensor) -> str:
+    """Why these kernels cannot multiply activations x with a PackedMatrix, or ""."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"activations are {x.dtype}, not bf16 or fp16"
+    tokens = x.numel() // matrix.in_features
+    if not hopper.fits((matrix.in_features, matrix.out_features), tokens, x):
+        return "a size is no multiple of 8"
+    if not (few.available(x.device) if tokens <= FEW else hopper.available(x.device)):
+        return "Triton's Gluon does not run here, or this GPU is not one for prompts"
+    return arena.refuses({"down": [matrix.format]})
+
+
+def linear(matrix: Any, x: Tensor) -> Tensor:
+    """x [..., in] times the transpose of a PackedMatrix -> [..., out]."""
+    layer = matrix.__dict__.get("_triton_layer")
+    if layer is None or layer.arena.data is not matrix._buffers.get("arena_data"):
+        made, fmt = matrix.arena(), matrix.format
+        made = replace(made, table=made.table.to(x.device))
+        views = made.data.view(torch.int16), made.data.view(torch.float16)
+        layer = Layer(made, UNKNOWN, *views, {"down": 1 << arena.STORED[fmt.bits]}, {"down": True})
+        matrix.__dict__["_triton_layer"] = layer
+        blocks = -(-matrix.out_features // 64) * (FEW // 8)
+        matrix.__dict__["_arrived"] = torch.zeros(blocks, dtype=torch.int32, device=x.device)
+    rows = x.reshape(-1, matrix.in_features).contiguous()
+    y = x.new_empty(len(rows), matrix.out_features)
+    if len(rows):
+        with on(x):
+            if len(rows) > FEW:
+                hopper.linear(layer, rows, y)
+            else:
+                early = following(rows)
+                few.linear(layer, rows, y, matrix.__dict__["_arrived"], WAIT=early["EARLY"], **early)
+    return y.view(*x.shape[:-1], matrix.out_features)
+
+
+def on(x: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to x's GPU, if it is on one."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def gating(experts: Any, gate: Gate) -> dict[str, Any]:
@@ -206,6 +247,8 @@ def many_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
 
 def few_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
     """down(act(gate x) * (up x)) for each pair, without down's bias: [parts to be summed, pairs, H]."""
+    if few.suits(experts, x, ids.numel()):
+        return few_by_gluon(experts, layer, x, ids)
     from mopeq.kernels import triton_kernels as kernels
 
     k, pairs, count = ids.shape[1], ids.numel(), experts.num_experts
@@ -229,13 +272,8 @@ def few_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
         K=top.in_features, W=top.words, GROUP=top.group, UNIFORM=layer.uniform["up"], WIDTHS=layer.widths["up"],
         FUSED=fused, SPLIT=split_top, BN=blocks.rows[0], EARLY=early, **gate_kind, **shared,
     )  # fmt: skip
-    if gate.act == 0:
-        h = unknown_gate(experts, parts.sum(1), ids).to(x.dtype).contiguous()
-    elif not fused:
-        kernels.gating[(pairs, -(-top.out_features // 256))](
-            parts, h, bias_gate, bias_up, ids, pairs, E=count, N=top.out_features, SPLIT=split_top, BN=256,
-            num_warps=2, **gate_kind, **following(x),
-        )  # fmt: skip
+    if not fused:
+        h = gated(experts, layer, parts, x, ids)
     kind = torch.float32 if pairs <= 1024 else x.dtype
     y = torch.empty(split_down, pairs, down.out_features, device=x.device, dtype=kind)
     kernels.lower[(-(-down.out_features // blocks.rows[1]), tiles, split_down)](
@@ -244,6 +282,36 @@ def few_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
         SPLIT=split_down, BN=blocks.rows[1], **shared, **following(x),
     )  # fmt: skip
     return y
+
+
+def few_by_gluon(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
+    """`few_pairs` by the kernel of `few`."""
+    pairs, count, cut, early = ids.numel(), experts.num_experts, few.cut(ids.numel(), experts.num_experts), following(x)
+    routed = [ids] * 4 if cut.scan else routing(ids, count, cut.pairs)
+    parts = torch.empty(2 if experts.has_gate else 1, cut.split[0], pairs, experts.shapes["up"][0], device=x.device)
+    if cut.scan:
+        few.product(cut, x, parts, layer, "up", ids, routed, EARLY=early["EARLY"], WAIT=False)
+    else:
+        few.product(cut, x, parts, layer, "up", ids, routed, WAIT=early["EARLY"], FIRST=True, **early)
+    h = gated(experts, layer, parts, x, ids)
+    y = torch.empty(1, cut.split[1], pairs, experts.shapes["down"][0], device=x.device)
+    few.product(cut, h, y, layer, "down", ids, routed, WAIT=early["EARLY"], **early)
+    return y[0]
+
+
+def gated(experts: Any, layer: Layer, parts: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+    """The inputs of `down` [pairs, I] from the parts [sides, split, pairs, I] of gate and up."""
+    from mopeq.kernels import triton_kernels as kernels
+
+    if layer.gate.act == 0:
+        return unknown_gate(experts, parts.sum(1), ids).to(x.dtype).contiguous()
+    _, split, pairs, n = parts.shape
+    h = x.new_empty(pairs, n)
+    kernels.gating[(pairs, -(-n // 256))](
+        parts, h, experts.bias_of("gate"), experts.bias_of("up"), ids, pairs, E=experts.num_experts, N=n, SPLIT=split,
+        BN=256, num_warps=2, **gating(experts, layer.gate), **following(x),
+    )  # fmt: skip
+    return h
 
 
 def routing(ids: Tensor, experts: int, each: int) -> list[Tensor]:
@@ -255,8 +323,8 @@ def routing(ids: Tensor, experts: int, each: int) -> list[Tensor]:
     made = [ids.new_empty(size, dtype=torch.int32) for size in (pairs, tiles, tiles, tiles)]
     shape = dict(E=experts, EP=padded, C=SORTED, num_warps=8)
     counts = ids.new_empty(blocks, padded, dtype=torch.int32)
-    kernels.counting[(blocks,)](ids, pairs, counts, **shape)
-    kernels.sorting[(blocks,)](ids, pairs, counts, blocks, tiles, *made, BM=each, **shape)
+    kernels.counting[(blocks,)](ids, pairs, counts, EARLY=starts_early(ids), **shape)
+    kernels.sorting[(blocks,)](ids, pairs, counts, blocks, tiles, *made, BM=each, **shape, **following(ids))
     return made
 
 

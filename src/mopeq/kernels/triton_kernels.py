@@ -45,15 +45,16 @@ def unpack_asm(bits, slot, bf16, scaled, pairs):
         lines.append(f".reg .b32 more; cvt.u32.u16 more, {second}; prmt.b32 more, more, 0, 0x4140;")
         second = "more"
     wide = bits == 8 and bf16
-    at = 0
+    started = False
     for piece in pieces(bits, slot):
         to = 0 if wide else piece[3]
         mask = ((1 << piece[2]) - 1) << to
         both = f"0x{mask << 16 | mask:08X}"
         move = piece[1] - to
         lines.append(f"sh{'r' if move >= 0 else 'l'}.b32 u, {second if piece[0] else names[1]}, {abs(move)};")
-        lines.append(f"lop3.b32 {'u' if wide and at else 't'}, u, {both}, {'t' if at and not wide else base}, 0xEA;")
-        at += 1
+        into, onto = "u" if wide and started else "t", "t" if started and not wide else base
+        lines.append(f"lop3.b32 {into}, u, {both}, {onto}, 0xEA;")
+        started = True
     lines.append(f"mov.b32 one, {one};")
     if wide:
         lines.append("mov.b32 minus, 0xC300C300; mov.b32 sixteen, 0x41804180;")
@@ -443,8 +444,10 @@ def weighted_sum(y, weight, bias, ids, out, pairs, CHOICES: tl.constexpr, E: tl.
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def counting(ids, pairs, counts, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr):
+def counting(ids, pairs, counts, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr):
     """counts[b, e]: how many of the pairs bC … bC + C - 1 are expert e's."""
+    if EARLY:
+        gdc_launch_dependents()
     b = tl.program_id(0)
     found, e, _ = members_of(ids, pairs, b, E, EP, C)
     tl.store(counts + b * EP + e, tl.sum(found, 0))
@@ -462,22 +465,26 @@ def members_of(ids, pairs, b, E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr
 
 @triton.jit(do_not_specialize=["pairs", "blocks", "tiles"])
 def sorting(ids, pairs, counts, blocks, tiles, sorted_pairs, tile_expert, tile_start, tile_end, E: tl.constexpr,
-            EP: tl.constexpr, BM: tl.constexpr, C: tl.constexpr):  # fmt: skip
+            EP: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Program b puts its pairs where they belong in the order of the experts, and writes some of the tiles.
 
     With s pairs of lower experts, e's tiles begin at s // BM + e; there are pairs // BM + E in all, some of them empty.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     b = tl.program_id(0)
     found, e, own = members_of(ids, pairs, b, E, EP, C)
-    j = tl.arange(0, 16)
-    all_of = tl.zeros([16, EP], tl.int32)
-    earlier = tl.zeros([16, EP], tl.int32)
+    J: tl.constexpr = max(8, min(64, 8192 // EP))
+    j = tl.arange(0, J)
+    all_of = tl.zeros([J, EP], tl.int32)
+    earlier = tl.zeros([J, EP], tl.int32)
     at = 0
     while at < blocks:  # and not `range`, whose bounds may not be tensors in the interpreter
         of = tl.load(counts + (at + j)[:, None] * EP + e[None, :], mask=(at + j < blocks)[:, None], other=0)
         all_of += of
         earlier += tl.where((at + j < b)[:, None], of, 0)
-        at += 16
+        at += J
     count = tl.sum(all_of, 0)
     before = tl.sum(earlier, 0)
     start = tl.cumsum(count, 0) - count

@@ -3,7 +3,7 @@ and an output head that shares its matrix with one."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,19 @@ from mopeq.nouns import Format
 from mopeq.plugins.held import TORCH, Numbered, as_bits, check_stored, numbered, untouched
 from mopeq.tensors import QWeight, unpack_bits, unpack_some
 
+if TYPE_CHECKING:
+    from mopeq.kernels.arena import Arena
+
 
 @torch.library.custom_op("mopeq::linear", mutates_args=())
-def opaque(x: Tensor, number: int) -> Tensor:
+def opaque(x: Tensor, number: int, out_features: int) -> Tensor:
     """A matrix's product as one operator, as `mopeq::experts` is."""
     return numbered(number).compute(x)
 
 
 @opaque.register_fake
-def _(x: Tensor, number: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], numbered(number).out_features)
+def _(x: Tensor, number: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 class PackedMatrix(Numbered):
@@ -66,18 +69,40 @@ class PackedMatrix(Numbered):
 
     def rows(self, index: Tensor | slice, dtype: torch.dtype) -> Tensor:
         """Some rows [n, in], dequantized."""
+        return self.quantized(index).dequantize(dtype)
+
+    def quantized(self, index: Tensor | slice) -> QWeight:
+        """Some rows, unpacked."""
+        if "arena_data" in self._buffers:
+            from mopeq.kernels.arena import read_rows
+
+            made = self.arena()
+            if isinstance(index, slice):
+                index = slice(*index.indices(self.out_features))  # the arena's are padded
+            return read_rows(made.data, made.table[0, 0].tolist(), made.layouts["down"], self.format, index)
         zeros = None
         if self.format.scheme == "a":  # packed along `out`
             if isinstance(index, slice):
                 index = torch.arange(self.out_features, device=self.zeros_.device)[index]
             zeros = unpack_some(self.zeros_, self.format.bits, index).T
         codes = unpack_bits(self.qweight_[index], self.format.bits, self.in_features)
-        return QWeight(codes, self.scales_[index].view(torch.float16), zeros, self.format).dequantize(dtype)
+        return QWeight(codes, self.scales_[index].view(torch.float16), zeros, self.format)
+
+    def arena(self) -> Arena:
+        """The matrix in the order that GPU kernels read; made of the stored tensors, which are then let go."""
+        from mopeq.kernels import arena
+
+        if "arena_data" not in self._buffers:
+            made = arena.of_matrix(self)
+            for suffix in self.format.shapes(self.out_features, self.in_features):
+                delattr(self, f"{suffix}_")
+            self.register_buffer("arena_data", made.data, persistent=False)
+        return arena.of_matrix(self, self.get_buffer("arena_data"))
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., in] @ W.T -> [..., out], as torch.compile is to see it."""
         if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
-            return opaque(x, self.number)
+            return opaque(x, self.number, self.out_features)
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -87,7 +112,9 @@ class PackedMatrix(Numbered):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.sealed:
+        if "arena_data" in self._buffers:
+            destination.update({prefix + name: t for name, t in self.quantized(slice(None)).pack().items()})
+        elif self.sealed:
             for suffix in self.format.shapes(self.out_features, self.in_features):
                 value = getattr(self, f"{suffix}_")
                 destination[prefix + suffix] = value.view(torch.float16) if suffix == "scales" else value

@@ -1,0 +1,309 @@
+"""Few tokens on NVIDIA GPUs: products of gathered activations with packed matrices, in Gluon, Triton's lower level.
+
+A program makes BM pairs of one expert times HALVES * 64 rows of a matrix. Everything it reads arrives in shared memory
+some tiles ahead: words, scales, zero points and activations. The tensor cores multiply codes plus the base of their
+exponent (`unpack_asm`), and ones; a group's sum then loses base and zero point and gets its scale. SPLIT programs share
+a reduction; the next kernel adds their parts in their order, or (LAST) the last of them to finish does.
+"""
+
+# mypy: ignore-errors
+# (what stands below is Triton's language, not Python's)
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mopeq.kernels.triton_kernels import unpack_asm
+
+# Triton 3.6 has other names for them than later versions
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+
+
+@gluon.jit
+def copy(to, at, there, MASKED: gl.constexpr):
+    if MASKED:
+        async_load(to, at, mask=there)
+    else:
+        async_load(to, at)
+
+
+@gluon.jit
+def added(a, b):
+    return a + b
+
+
+@gluon.jit
+def members(t, ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, E: gl.constexpr, BM: gl.constexpr,
+            SCAN: gl.constexpr):  # fmt: skip
+    """`triton_kernels.members`; each warp looks for itself. SCAN < 0: there is one expert, and a pair is a token."""
+    L: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [gl.num_warps(), 1], [1, 0])
+    j = gl.arange(0, BM, layout=gl.SliceLayout(1, L))
+    if SCAN < 0:
+        e = 0
+        pair = t * BM + j
+        ok = (pair < pairs).to(gl.int32)
+        pair = gl.where(pair < pairs, pair, 0)
+    elif SCAN:
+        i = gl.arange(0, SCAN, layout=gl.SliceLayout(0, L))
+        own = gl.load(ids + i, mask=i < pairs, other=-1).to(gl.int32)
+        e = gl.load(ids + t).to(gl.int32)
+        same = gl.where(i < pairs, (own == e).to(gl.int32), 0)
+        mine = gl.sum(gl.where(i < t, same, 0), 0)
+        if (e < 0) | (e >= E) | (mine % BM != 0):
+            e = -1
+        all_same = same[None, :] + gl.zeros([BM, SCAN], gl.int32, L)
+        rank = gl.associative_scan(all_same, 1, added) - 1 - mine
+        hit = all_same * (rank == j[:, None]).to(gl.int32)
+        pair = gl.sum(hit * i[None, :], 1)
+        ok = gl.sum(hit, 1)
+    else:
+        e = gl.load(tile_expert + t)
+        at = gl.load(tile_start + t) + j
+        there = at < gl.load(tile_end + t)  # of an empty tile, none
+        pair = gl.load(sorted_pairs + at, mask=there, other=0)
+        ok = there.to(gl.int32)
+    return e, pair, ok
+
+
+@gluon.jit
+def codes(words, second, BITS: gl.constexpr, SLOT: gl.constexpr, DTYPE: gl.constexpr):
+    """Words [64, W] and their second plane -> the codes of a slot, plus the base."""
+    if gl.bfloat16 == DTYPE:
+        code = gl.inline_asm_elementwise(unpack_asm(BITS, SLOT, True, False, False), "=r,r,r", [words, second],
+                                         dtype=gl.bfloat16, is_pure=True, pack=2)  # fmt: skip
+    else:
+        code = gl.inline_asm_elementwise(unpack_asm(BITS, SLOT, False, False, False), "=r,r,r", [words, second],
+                                         dtype=gl.float16, is_pure=True, pack=2)  # fmt: skip
+    return code
+
+
+@gluon.jit
+def widened(pairs, A: gl.constexpr):
+    """Pairs of bytes [64, W / 2] -> 16-bit words [64, W]."""
+    a, b = gl.inline_asm_elementwise(
+        "{ .reg .b32 t; cvt.u32.u16 t, $2; prmt.b32 t, t, 0, 0x4140; mov.b32 {$0, $1}, t; }", "=h,=h,h", [pairs],
+        dtype=(gl.int16, gl.int16), is_pure=True, pack=1,
+    )  # fmt: skip
+    return gl.convert_layout(gl.join(a, b).reshape([pairs.shape[0], pairs.shape[1] * 2]), A, assert_trivial=True)
+
+
+@gluon.jit
+def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+                W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, SPLIT: gl.constexpr,
+               HALVES: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
+               WAIT: gl.constexpr):  # fmt: skip
+    """Rows n0 … of one matrix times activations x_row [BM], over part `part`: float32 [64, BM], the next 64 rows'."""
+    DTYPE: gl.constexpr = x.dtype.element_ty
+    NW: gl.constexpr = gl.num_warps()
+    BN: gl.constexpr = 64 * HALVES
+    NP: gl.constexpr = (N + 15) // 16 * 16
+    S: gl.constexpr = 8 if BITS <= 3 else 4
+    BK: gl.constexpr = S * W
+    RUN: gl.constexpr = min(S, GROUP // W)  # slots that share a scale
+    G: gl.constexpr = S // RUN
+    TILES: gl.constexpr = (K + BK - 1) // BK
+    STEPS: gl.constexpr = (TILES + SPLIT - 1) // SPLIT
+    AHEAD: gl.constexpr = STAGES - 1
+    PLANE: gl.constexpr = BITS == 3 or BITS == 6  # a byte for each word
+    SLOT_BITS: gl.constexpr = 4 if BITS == 8 else BITS  # 8 bits: two times four
+    BASE: gl.constexpr = (128.0 if gl.bfloat16 == DTYPE else 1024.0) * (17 if BITS == 8 else 1)
+    FULL: gl.constexpr = NP % BN == 0
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    PAIRS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)  # of bytes
+    ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
+    XL: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [NW, 1], [1, 0])
+    WL: gl.constexpr = gl.BlockedLayout([1, 8], [256 // W, W // 8], [NW, 1], [1, 0])
+    UL: gl.constexpr = gl.BlockedLayout([1, 8], [512 // W, W // 16], [NW, 1], [1, 0])
+    SL: gl.constexpr = gl.BlockedLayout([2], [32], [NW], [0])
+    ZL: gl.constexpr = gl.BlockedLayout([4], [32], [NW], [0])
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    w_smem: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // W, W // 8, [1, 0])
+    ws = gl.allocate_shared_memory(gl.int16, [STAGES, BN, W], w_smem)
+    us = ws
+    if BITS == 8:
+        us = gl.allocate_shared_memory(gl.int16, [STAGES, BN, W], w_smem)
+    elif PLANE:
+        us = gl.allocate_shared_memory(gl.int16, [STAGES, BN, W // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    ss = gl.allocate_shared_memory(gl.float16, [STAGES, G * BN], flat)
+    zs = gl.allocate_shared_memory(gl.uint8, [STAGES, G * BN], flat)
+    first = words + gl.multiple_of(gl.load(place), 8)
+    second = words
+    if BITS == 8:
+        second = words + gl.multiple_of(gl.load(place + 1), 8)
+    elif PLANE:
+        second = words + gl.multiple_of(gl.load(place + 1) // 2, 8)
+    scales = halves + gl.multiple_of(gl.load(place + 2), 8)
+    zeros = bytes + gl.multiple_of(gl.load(place + 3), 16)
+    group = gl.load(place + 5).to(gl.int32)
+    if UNIFORM:
+        group = GROUP
+    begin = part * STEPS
+    count = gl.minimum(STEPS, TILES - begin)
+    x_k = gl.arange(0, BK, layout=gl.SliceLayout(0, XL))[None, :]
+    x_at = gl.convert_layout(x_row, gl.SliceLayout(1, XL))[:, None] + x_k
+    x_k = x_k + gl.zeros([BM, BK], gl.int32, XL)
+    w_row = (n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, WL)))[:, None]
+    w_at = w_row * W + gl.arange(0, W, layout=gl.SliceLayout(0, WL))[None, :]
+    u_row = w_row
+    u_at = w_at
+    if PLANE:
+        u_row = (n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, UL)))[:, None]
+        u_at = u_row * (W // 2) + gl.arange(0, W // 2, layout=gl.SliceLayout(0, UL))[None, :]
+    w_there = w_row < NP
+    u_there = u_row < NP
+    s_at = gl.arange(0, G * BN, layout=SL)
+    z_at = gl.arange(0, G * BN, layout=ZL)
+    s_k = s_at // BN * (RUN * W)
+    z_k = z_at // BN * (RUN * W)
+    s_at = n0 + s_at % BN
+    z_at = n0 + z_at % BN
+    for ahead in gl.static_range(AHEAD):  # the weights, which no kernel before makes; then what one may make
+        if ahead < count:
+            weights(begin + ahead, ahead, first, second, scales, zeros, ws, us, ss, zs, w_at, u_at, w_there,
+                    u_there, s_at, z_at, s_k, z_k, group, BITS, FULL, NP, K, BK, W)  # fmt: skip
+    if WAIT:
+        gdc_wait()
+    for ahead in gl.static_range(AHEAD):
+        if ahead < count:
+            copy(xs.index(ahead), x + (x_at + (begin + ahead) * BK), x_k + (begin + ahead) * BK < K, K % BK != 0)
+        async_copy.commit_group()
+    acc = gl.zeros([64, BM], gl.float32, MMA)
+    acc_2 = acc
+    one = gl.full([64, W], 1.0, DTYPE, A)
+    for i in range(0, count):
+        async_copy.wait_group(AHEAD - 1)
+        at = i % STAGES
+        to = (i + AHEAD) % STAGES
+        t = begin + i + AHEAD
+        if i + AHEAD < count:
+            weights(t, to, first, second, scales, zeros, ws, us, ss, zs, w_at, u_at, w_there,
+                    u_there, s_at, z_at, s_k, z_k, group, BITS, FULL, NP, K, BK, W)  # fmt: skip
+            copy(xs.index(to), x + (x_at + t * BK), x_k + t * BK < K, K % BK != 0)
+        async_copy.commit_group()
+        lo = ws.index(at).slice(0, 64, dim=0).load(A)
+        lo_2 = lo
+        if HALVES == 2:
+            lo_2 = ws.index(at).slice(64, 64, dim=0).load(A)
+        hi = lo
+        hi_2 = lo_2
+        if BITS == 8:
+            hi = us.index(at).slice(0, 64, dim=0).load(A)
+            if HALVES == 2:
+                hi_2 = us.index(at).slice(64, 64, dim=0).load(A)
+        elif PLANE:
+            hi = widened(us.index(at).slice(0, 64, dim=0).load(PAIRS), A)
+            if HALVES == 2:
+                hi_2 = widened(us.index(at).slice(64, 64, dim=0).load(PAIRS), A)
+        for r in gl.static_range(G):
+            sums = gl.zeros([64, BM], gl.float32, MMA)
+            sums_2 = sums
+            high = sums
+            high_2 = sums
+            counts = sums
+            for j in gl.static_range(RUN):
+                b = xs.index(at).slice((r * RUN + j) * W, W, dim=1).permute((1, 0)).load(B)
+                sums = mma_v2(codes(lo, hi, SLOT_BITS, r * RUN + j, DTYPE), b, sums)
+                if BITS == 8:
+                    high = mma_v2(codes(hi, hi, SLOT_BITS, r * RUN + j, DTYPE), b, high)
+                if HALVES == 2:
+                    sums_2 = mma_v2(codes(lo_2, hi_2, SLOT_BITS, r * RUN + j, DTYPE), b, sums_2)
+                    if BITS == 8:
+                        high_2 = mma_v2(codes(hi_2, hi_2, SLOT_BITS, r * RUN + j, DTYPE), b, high_2)
+                counts = mma_v2(one, b, counts)
+            scale = ss.index(at).slice(r * BN, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
+            less = -BASE - zs.index(at).slice(r * BN, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
+            if BITS == 8:
+                sums = sums + 16.0 * high
+            acc += scale * (sums + less * counts)
+            if HALVES == 2:
+                scale = ss.index(at).slice(r * BN + 64, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
+                less = -BASE - zs.index(at).slice(r * BN + 64, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
+                if BITS == 8:
+                    sums_2 = sums_2 + 16.0 * high_2
+                acc_2 += scale * (sums_2 + less * counts)
+    async_copy.wait_group(0)
+    return acc, acc_2
+
+
+@gluon.jit
+def weights(t, to, first, second, scales, zeros, ws, us, ss, zs, w_at, u_at, w_there, u_there, s_at, z_at,
+            s_k, z_k, group, BITS: gl.constexpr, FULL: gl.constexpr, NP: gl.constexpr, K: gl.constexpr,
+            BK: gl.constexpr, W: gl.constexpr):  # fmt: skip
+    """Begin copying tile t of the matrix to stage `to`."""
+    copy(ws.index(to), first + (w_at + t * (NP * W)), w_there, not FULL)
+    if BITS == 8:
+        copy(us.index(to), second + (w_at + t * (NP * W)), w_there, not FULL)
+    elif BITS == 3 or BITS == 6:
+        copy(us.index(to), second + (u_at + t * (NP * W // 2)), u_there, not FULL)
+    k = t * BK
+    WHOLE: gl.constexpr = FULL and K % BK == 0
+    # what Triton cannot see for itself, and must to copy 4 bytes at a time: a group's rows lie together
+    s_group = gl.max_constancy((s_k + k) // group, [16])
+    z_group = gl.max_constancy((z_k + k) // group, [16])
+    s_there = gl.max_constancy((s_k + k < K) & (s_at < NP), [16])
+    z_there = gl.max_constancy((z_k + k < K) & (z_at < NP), [16])
+    copy(ss.index(to), scales + (s_group * NP + s_at), s_there, not WHOLE)
+    copy(zs.index(to), zeros + (z_group * NP + z_at), z_there, not WHOLE)
+
+
+@gluon.jit(do_not_specialize=["pairs"])
+def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, out,
+        arrived, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+        W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, WIDTHS: gl.constexpr, SPLIT: gl.constexpr,
+        HALVES: gl.constexpr, BM: gl.constexpr, SCAN: gl.constexpr, STAGES: gl.constexpr, LAST: gl.constexpr,
+        EARLY: gl.constexpr, WAIT: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
+    """y[z, pair] = part z % SPLIT of matrix P + z // SPLIT of x[pair // CHOICES], without bias; z: the program's.
+
+    LAST, for one matrix: out[pair] = the sum of the parts; `arrived` counts programs, and is 0 again afterwards.
+    """
+    if WAIT and FIRST:  # the tiles come from the kernel before; those after rely on them without waiting
+        gdc_wait()
+    if EARLY:
+        gdc_launch_dependents()
+    e, pair, ok = members(gl.program_id(1), ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, E, BM, SCAN)
+    if e >= 0:
+        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
+        COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
+        z = gl.program_id(2)
+        n0 = gl.program_id(0) * (64 * HALVES)
+        place = table + ((P + z // SPLIT) * E + e) * 6
+        bits = gl.load(place + 4)
+        acc = gl.zeros([64, BM], gl.float32, MMA)
+        acc_2 = acc
+        x_row = pair // CHOICES * K
+        # plus a zero that is not known when this is compiled: Triton 3.6 fails at loops of which it sees the end
+        part = z % SPLIT + (bits >> 8).to(gl.int32)
+        for B in gl.static_range(2, 9):
+            if (WIDTHS >> B) & 1:  # noqa: SIM102
+                if bits == B:  # not known when this is compiled: no `and`
+                    acc, acc_2 = product_of(place, part, words, bytes, halves, n0, x, x_row, B, N, K, W, GROUP,
+                                            UNIFORM, SPLIT, HALVES, BM, STAGES, MMA, WAIT)  # fmt: skip
+        n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
+        column = gl.convert_layout(pair, COLUMNS).to(gl.int64)
+        there = gl.convert_layout(ok, COLUMNS)[None, :] > 0
+        at = column[None, :] * N + n[:, None]
+        mask = there & (n < N)[:, None]
+        to = y + z.to(gl.int64) * pairs * N + at
+        if LAST and SPLIT == 1:
+            to = out + at
+        gl.store(to, acc.to(to.dtype.element_ty), mask=mask)
+        if HALVES == 2:
+            gl.store(to + 64, acc_2.to(to.dtype.element_ty), mask=there & (n + 64 < N)[:, None])
+        if LAST and SPLIT > 1:
+            barrier()  # so that one thread's release is every thread's
+            counter = arrived + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+            if gl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
+                gl.store(counter, 0)
+                for half in gl.static_range(HALVES):
+                    mask = there & (n + 64 * half < N)[:, None]
+                    total = gl.zeros([64, BM], gl.float32, MMA)
+                    for s in gl.static_range(SPLIT):
+                        total += gl.load(y + s * pairs.to(gl.int64) * N + at + 64 * half, mask=mask, other=0.0,
+                                         cache_modifier=".cg")  # fmt: skip
+                    gl.store(out + at + 64 * half, total.to(out.dtype.element_ty), mask=mask)
