@@ -8,6 +8,7 @@ import ast
 import base64
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -246,7 +247,14 @@ def test_log_axis() -> None:
     axis = charts.Axis(-3, 1, 0, 400, log=True)
     assert [axis.at(v) for v in (1e-3, 1e-2, 10)] == pytest.approx([0, 100, 400])
     assert (axis.at(0), axis.at(-1), axis.at(1e9)) == (0, 0, 400)
-    assert axis.ticks() == pytest.approx([1e-3, 1e-2, 0.1, 1, 10])
+    assert axis.ticks() == pytest.approx([1e-3, 1e-2, 0.1, 1, 10]) and axis.words(0.01) == "0.01"
+
+
+def test_a_log_axis_of_less_than_a_decade_has_ticks_enough() -> None:
+    axis = charts.Axis(math.log10(0.0029), math.log10(0.006), 0, 100, log=True)
+    ticks = axis.ticks()
+    assert ticks == pytest.approx([0.003, 0.0035, 0.004, 0.0045, 0.005, 0.0055, 0.006])
+    assert [axis.words(t) for t in ticks[:3]] == ["0.003", "0.0035", "0.004"]
 
 
 def test_labels_of_a_scatter_do_not_touch() -> None:

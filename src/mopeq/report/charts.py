@@ -17,6 +17,9 @@ from mopeq.report.svg import number, significant, svg
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
+FEW_TICKS = 3  # fewer tell nobody how far apart two values are
+
+
 @dataclass(frozen=True)
 class Axis:
     """From a value to a place: low … high (powers of ten where `log`) onto start … end px, and never outside."""
@@ -36,15 +39,21 @@ class Axis:
 
     def words(self, value: float) -> str:
         """A tick's label."""
-        return significant(value, 1) if self.log else f"{value:.4g}"
+        return significant(value, 1) if self.log and len(self.decimal()) >= FEW_TICKS else f"{value:.4g}"
+
+    def decimal(self) -> list[float]:
+        """A log axis's 1, 2, 5 of each decade."""
+        steps = (1, 2, 5) if self.high - self.low <= 2.5 else (1,)
+        powers = range(math.floor(self.low) - 1, math.ceil(self.high) + 1)
+        found = [m * 10.0**p for p in powers for m in steps]
+        return [v for v in found if self.low - 1e-9 <= math.log10(v) <= self.high + 1e-9]
 
     def ticks(self) -> list[float]:
-        """Round values; on a log axis 1, 2, 5 of each decade, or only the powers where decades are many."""
+        """Round values; on a log axis 1, 2, 5 of each decade, only the powers where decades are many, or what a linear axis
+        has where it spans too little of one."""
         if self.log:
-            steps = (1, 2, 5) if self.high - self.low <= 2.5 else (1,)
-            powers = range(math.floor(self.low) - 1, math.ceil(self.high) + 1)
-            found = [m * 10.0**p for p in powers for m in steps]
-            return [v for v in found if self.low - 1e-9 <= math.log10(v) <= self.high + 1e-9]
+            few = len(found := self.decimal()) < FEW_TICKS
+            return Axis(10.0**self.low, 10.0**self.high, 0, 1).ticks() if few else found
         raw = (self.high - self.low) / 7
         size = 10.0 ** math.floor(math.log10(raw))
         step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw * 0.999)
