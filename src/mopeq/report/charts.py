@@ -49,8 +49,8 @@ class Axis:
         return [v for v in found if self.low - 1e-9 <= math.log10(v) <= self.high + 1e-9]
 
     def ticks(self) -> list[float]:
-        """Round values; on a log axis 1, 2, 5 of each decade, only the powers where decades are many, or what a linear axis
-        has where it spans too little of one."""
+        """Round values; on a log axis 1, 2, 5 of each decade, only the powers where decades are many, or a linear
+        axis's where it spans too little of one."""
         if self.log:
             few = len(found := self.decimal()) < FEW_TICKS
             return Axis(10.0**self.low, 10.0**self.high, 0, 1).ticks() if few else found
