@@ -60,7 +60,7 @@ docs: $(READY)
 
 site: $(READY)
 	$(PIP) install -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Made last, so that an interrupted set-up is done again.
 $(READY): pyproject.toml constraints.txt
