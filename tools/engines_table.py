@@ -141,9 +141,10 @@ def agreement(
     if same == len(prompts):
         return "equal"
     said = f"equal for {same} of {len(prompts)} prompts"
-    if run(engine, dense(folder), prompts, options).get("tokens") == found["tokens"]:
-        return f"{said}; equal to {engine} on the same weights unpacked"
-    return said
+    plain = run(engine, dense(folder), prompts, options)
+    if "failed" in plain:
+        return f"{said}; {engine} fails on the same weights unpacked"
+    return f"{said}; equal to {engine} on the same weights unpacked" if plain["tokens"] == found["tokens"] else said
 
 
 def main() -> None:
