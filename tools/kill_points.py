@@ -303,7 +303,7 @@ def full_disk(line: Line, rng: random.Random, tally: Tally) -> None:
         if ended.code != 0:
             tally.disturbances += 1
             error, refused = ended.err.splitlines()[-2], ended.code == 2  # refused: before anything was begun
-            if ("MiB free" if refused else "No space left") not in error or ended.code not in (1, 2):
+            if (" free; " if refused else "No space left") not in error or ended.code not in (1, 2):
                 tally.wrong.append(f"full disk: {ended.err[-200:]}")
             if list(out.rglob("*.part")) or (out / "mopeq_manifest.json").exists():
                 tally.wrong.append("full disk: something half-written was left")
