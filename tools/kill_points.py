@@ -119,10 +119,17 @@ class Undisturbed:
                 waiting.append(what)
             elif kind == "commit":
                 item = os.path.relpath(what, self.out)
-                for unit in [u for u in waiting if u.split(":")[1] not in ("moments", "expert") or belongs(u, item)]:
+                for unit in [u for u in waiting if ends(item, u)]:
                     found[unit] = item
                     waiting.remove(unit)
         return found
+
+
+def ends(item: str, unit: str) -> bool:
+    """Whether a commit can be what finishes a unit: of a shard's tensors the note that follows the shard."""
+    if unit.startswith("write:"):
+        return not item.endswith(".safetensors")
+    return unit.split(":")[1] not in ("moments", "expert") or belongs(unit, item)
 
 
 def belongs(unit: str, item: str) -> bool:
