@@ -24,7 +24,7 @@ from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, PrecisionMap
 from mopeq.packed import unsealed_allowed
 from mopeq.plan import other_outputs
 from mopeq.progress import say
-from mopeq.seam import Adapted, model_layers
+from mopeq.seam import Adapted, model_layers, renamer
 from mopeq.stream import read_tensor
 from mopeq.walk.parts import CannotWalk, Parts, empty_model
 from mopeq.walk.walking import Walk
@@ -70,16 +70,12 @@ def refuse_unfit(spec: MoESpec, model: Any) -> None:
     """BadInput naming the first tensor of the source whose shape is not the one it has in the model, of those that
     transformers only renames."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping = get_model_conversion_mapping(model, None, None)
-    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
-    converters = [x for x in mapping if isinstance(x, WeightConverter)]
-    state = model.state_dict()
+    renamed, state = renamer(model, get_model_conversion_mapping(model, None, None)), model.state_dict()
     for name, tensor in spec.tensors.items():
         if spec.roles[name] == "routed expert":
             continue
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        key, pattern = renamed(name)
         if pattern is None and key in state and tuple(state[key].shape) != tensor.shape:
             raise BadInput(
                 f"{name} is {list(tensor.shape)} in the weights, {list(state[key].shape)} by config.json",

@@ -9,7 +9,7 @@ given it by the classes that a table in `families/` names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -114,6 +114,22 @@ def experts_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """(name, module) of every experts module, in the model's order; one without the shared interface is given it."""
     adopt(model)
     return [(name, module) for name, module in model.named_modules() if is_experts(module)]
+
+
+def renamer(model: Any, mapping: Sequence[Any]) -> Callable[[str], tuple[str, str | None]]:
+    """stored name -> (its name in the model, the source pattern of the converter that takes it or None), as
+    transformers loads by a conversion mapping."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+    converters = [x for x in mapping if isinstance(x, WeightConverter)]
+    state = model.state_dict()
+
+    def renamed(name: str) -> tuple[str, str | None]:
+        found: tuple[str, str | None] = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        return found
+
+    return renamed
 
 
 def match_names(prefixes: list[str], names: list[str]) -> dict[str, str]:

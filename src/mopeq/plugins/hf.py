@@ -25,7 +25,7 @@ from mopeq.packed import check_experts, check_sizes, check_version, read_map
 from mopeq.plugins.experts import QuantizedExperts
 from mopeq.plugins.matrices import PackedEmbedding, PackedLinear, PackedMatrix, TiedLinear
 from mopeq.plugins.stored import remember, stored_tensors
-from mopeq.seam import experts_modules, match_names, twins, weights
+from mopeq.seam import experts_modules, match_names, renamer, twins, weights
 from mopeq.tensors import read_stored
 
 
@@ -109,16 +109,15 @@ class MopeqQuantizer(HfQuantizer):
     def pack_others(self, model: Any, names: set[str], fmt: Format) -> None:
         """Replace each linear and embedding whose matrix lies packed on disk."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightConverter
 
         mapping = get_model_conversion_mapping(model, None, None)
-        renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+        renamed = renamer(model, mapping)
         converters = [x for x in mapping if isinstance(x, WeightConverter)]
-        state = model.state_dict()
         experts = tuple(f"{prefix}." for prefix in self.quantization_config.formats)
         for stored in sorted(n for n in names if n.endswith(".qweight") and not n.startswith(experts)):
             key = stored.removesuffix(".qweight") + ".weight"
-            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            target, pattern = renamed(key)
             targets = [target]
             if pattern is not None:  # a fused matrix that the model holds in parts
                 parts = next(x for x in converters if pattern in x.source_patterns).target_patterns

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mopeq.errors import MopeqError
 from mopeq.models import load_config, model_class, quiet_transformers
 from mopeq.nouns import MoELayer, MoESpec
-from mopeq.seam import Adapted, bias, model_layers, weights
+from mopeq.seam import Adapted, bias, model_layers, renamer, weights
 from mopeq.stream import read_biases, read_layer, read_tensor, refuse_sick
 
 # the order of a forward pass, as far as it is known: what feeds the layers, they, the head
@@ -182,14 +182,10 @@ class Parts:
     def find_sources(self, names: Iterable[str]) -> dict[str, list[str]]:
         """{parameter: the stored tensors it is made of}; of several parameters made together, the first stands for
         all. Tensors that the model does not build are left out."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        renamings = [x for x in self.mapping if isinstance(x, WeightRenaming)]
-        converters = [x for x in self.mapping if isinstance(x, WeightConverter)]
-        state = self.model.state_dict()
+        renamed, state = renamer(self.model, self.mapping), self.model.state_dict()
         found: dict[str, list[str]] = {}
         for name in names:
-            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            target, _ = renamed(name)
             target = target if target in state else name
             if target in state:
                 found.setdefault(target, []).append(name)
