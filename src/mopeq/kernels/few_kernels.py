@@ -16,19 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mopeq.kernels.hopper_kernels import barrier, copy
 from mopeq.kernels.triton_kernels import unpack_asm
-
-# Triton 3.6 has other names for them than later versions
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
-
-
-@gluon.jit
-def copy(to, at, there, MASKED: gl.constexpr):
-    if MASKED:
-        async_load(to, at, mask=there)
-    else:
-        async_load(to, at)
 
 
 @gluon.jit

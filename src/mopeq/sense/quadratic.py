@@ -201,8 +201,8 @@ def take_in_memory(taker: Taker) -> int:
     kept = next(n for n in range(len(scene.batches) + 1) if n not in taker.counted)  # without a gap
     if (used := settled_after(taker, kept)) is not None:
         return used
-    weights_to_do = len(scene.formats) * sum(layer.params for layer, _ in visit.layers)
-    with progress("sense: candidates", weights_to_do, "weights") as p:
+    work = candidate_weights(scene, [layer for layer, _ in visit.layers])
+    with progress("sense: candidates", work, "weights") as p:
         taker.candidates = candidates(scene, walking, visit, visit.layers, p.step)
     taker.done = set(taker.counted)  # from here on: moments were of all batches
     with progress(f"sense: {taker.kind}", len(scene.batches), "batches") as p, watch(walking.model, taker):
@@ -231,9 +231,7 @@ def take_walking(taker: Taker) -> int:
                     number, _, projection = name.partition(".")
                     taker.found[int(number), layer.layer, projection] = torch.from_numpy(form)
             taker.layer_of = {id(module): layer for layer, module in todo}
-            work = (
-                2 * len(scene.formats) * sum(layer.params for layer, _ in todo)
-            )  # candidates count as half of a layer
+            work = 2 * candidate_weights(scene, [layer for layer, _ in todo])  # candidates count as half of a layer
             tick = partial(part_of, p, len(todo) / work if work else 0)
             taker.candidates = candidates(scene, walking, visit, todo, tick)
             with watch(walking.model, taker):
@@ -249,6 +247,11 @@ def take_walking(taker: Taker) -> int:
     used = settled_after(taker, len(scene.batches))
     assert used is not None
     return used
+
+
+def candidate_weights(scene: Scene, layers: Sequence[MoELayer]) -> int:
+    """Weights to be quantized for these layers' candidates, each format's counted."""
+    return len(scene.formats) * sum(layer.params for layer in layers)
 
 
 def part_of(p: Progress, share: float, amount: float) -> None:
@@ -399,7 +402,7 @@ def candidates(
     needs_data = QUANTIZERS[scene.quantizer].needs_data
     made = kept_candidates(scene, pairs) if walking.whole else {}
     kept = [layer for layer, _ in pairs if (layer.layer, layer.projections[0]) in made]
-    tick(len(scene.formats) * sum(layer.params for layer in kept))
+    tick(candidate_weights(scene, kept))
     pairs = [(layer, module) for layer, module in pairs if layer not in kept]
     adding = Adding(walking, scene.batches, pairs if needs_data else ())
     if adding.found:
