@@ -65,7 +65,7 @@ def whole_layer(layer: Any, x: torch.Tensor, index: torch.Tensor, weight: torch.
     found = []
     for _ in range(2):
         found.append(torch.empty(len(x), layer.shapes["down"][0]))
-        cpu.call(layer, ["gate", "up", "down"], x, index, weight, found[-1:], level)
+        cpu.call(cpu.tables_of(layer, ["gate", "up", "down"]), x, index, weight, found[-1:], level)
         cpu._rooms.room.fill_(255)
     assert torch.equal(*found)
     return found[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -84,12 +84,17 @@ def matrices(experts: Any, p: str) -> np.ndarray:
     table = np.zeros(experts.num_experts, MATRIX)
     for tier in experts.tiers(p):
         e, at = np.array(list(tier.rows)), np.array(list(tier.rows.values()))
-        for field, t in (("codes", tier.codes), ("scales", tier.scale_bits), ("zeros", tier.zeros)):
-            if t is not None:
-                assert t.is_contiguous()
-                table[field][e] = t.data_ptr() + at * (t[0].numel() * t.element_size())
-        table["bits"][e], table["group"][e] = tier.format.bits, tier.format.group_size
+        put(table, e, tier.format, (tier.codes, tier.scale_bits, tier.zeros), at)
     return table
+
+
+def put(table: np.ndarray, e: Any, fmt: Format, stacked: tuple[Tensor, Tensor, Tensor | None], at: Any) -> None:
+    """Rows `e` of a MATRIX table: matrices `at` of stacked codes, scales and zeros (None: symmetric)."""
+    for field, t in zip(("codes", "scales", "zeros"), stacked, strict=True):
+        if t is not None:
+            assert t.is_contiguous()
+            table[field][e] = t.data_ptr() + at * (t[0].numel() * t.element_size())
+    table["bits"][e], table["group"][e] = fmt.bits, fmt.group_size
 
 
 def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Ten
     x, index, weight = x_TH.float().contiguous(), index_TK.long().contiguous(), weight_TK.float().contiguous()
     if layer.whole:
         out = torch.empty(x_TH.shape[0], experts.shapes["down"][0])
-        call(experts, ["gate", "up", "down"], x, index, weight, [out])
+        call(tables_of(experts, ["gate", "up", "down"]), x, index, weight, [out])
         return out.to(x_TH.dtype)
     upper = [p for p in experts.projections if p != "down"]
     top = with_bias(experts, project(experts, upper, x, index), index)
@@ -124,69 +129,51 @@ def project(experts: Any, names: list[str], x_RN: Tensor, index_RK: Tensor, leve
     0 where the index is no expert's.
     """
     y = {p: torch.zeros(index_RK.numel(), experts.shapes[p][0]) for p in names}
-    call(experts, names, x_RN, index_RK, None, list(y.values()), level)
+    call(tables_of(experts, names), x_RN, index_RK, None, list(y.values()), level)
     return y
-
-
-def call(
-    experts: Any,
-    names: list[str],
-    x_RN: Tensor,
-    index_RK: Tensor,
-    weight_RK: Tensor | None,
-    y: list[Tensor],
-    level: int = -1,
-) -> None:
-    """Fill y: see mopeq_experts in cpu.c; all three names mean the whole layer.
-
-    `level` forces an instruction set (2 AVX-512, 1 AVX2, 0 plain C); -1 is the machine's best.
-    """
-    at = layer_of(experts).addresses
-    multiply(
-        [at[name] for name in names], experts.num_experts, experts.shapes[names[0]], x_RN, index_RK, weight_RK, y, level
-    )
 
 
 def linear(matrix: Any, x: Tensor) -> Tensor:
     """x [..., in] times a PackedMatrix's transpose -> [..., out]."""
     x_RN = x.reshape(-1, matrix.in_features).float().contiguous()
     y_RN = torch.empty(x_RN.shape[0], matrix.out_features)
-    row = np.zeros(1, MATRIX)
-    for field, t in (
-        ("codes", matrix.qweight_),
-        ("scales", matrix.scales_),
-        ("zeros", getattr(matrix, "zeros_", None)),
-    ):
-        if t is not None:
-            assert t.is_contiguous()
-            row[field] = t.data_ptr()
-    row["bits"], row["group"] = matrix.format.bits, matrix.format.group_size
-    index_RK = torch.zeros(x_RN.shape[0], 1, dtype=torch.long)
-    multiply([row.ctypes.data], 1, (matrix.out_features, matrix.in_features), x_RN, index_RK, None, [y_RN])
+    row, zeros = np.zeros(1, MATRIX), getattr(matrix, "zeros_", None)
+    put(row, 0, matrix.format, (matrix.qweight_[None], matrix.scales_[None], None if zeros is None else zeros[None]), 0)
+    one = Tables([row.ctypes.data], 1, (matrix.out_features, matrix.in_features))
+    call(one, x_RN, torch.zeros(x_RN.shape[0], 1, dtype=torch.long), None, [y_RN])
     return y_RN.view(*x.shape[:-1], matrix.out_features).to(x.dtype)
 
 
-def multiply(
-    tables: list[int],
-    count: int,
-    shape: tuple[int, int],
-    x_RN: Tensor,
-    index_RK: Tensor,
-    weight_RK: Tensor | None,
-    y: list[Tensor],
-    level: int = -1,
+class Tables(NamedTuple):
+    """Addresses of MATRIX tables [experts]: of one projection, of gate and up, or of a whole layer."""
+
+    addresses: list[int]
+    experts: int
+    shape: tuple[int, int]  # of the first's matrices
+
+
+def tables_of(experts: Any, names: list[str]) -> Tables:
+    at = layer_of(experts).addresses
+    return Tables([at[name] for name in names], experts.num_experts, experts.shapes[names[0]])
+
+
+def call(
+    tables: Tables, x_RN: Tensor, index_RK: Tensor, weight_RK: Tensor | None, y: list[Tensor], level: int = -1
 ) -> None:
-    """`call` for the MATRIX tables [count] at these addresses; `shape` is that of the first's matrices."""
+    """Fill y: see mopeq_experts in cpu.c; three tables mean the whole layer.
+
+    `level` forces an instruction set (2 AVX-512, 1 AVX2, 0 plain C); -1 is the machine's best.
+    """
     lib = library()[0]
     assert lib is not None and x_RN.dtype == torch.float32 and x_RN.is_contiguous() and index_RK.is_contiguous()
-    first, second, down = [*tables, None, None][:3]
-    out_features, in_features = shape
+    first, second, down = [*tables.addresses, None, None][:3]
+    out_features, in_features = tables.shape
     room = getattr(_rooms, "room", None)
     if room is None:
         room = torch.empty(0, dtype=torch.uint8)
     for _ in range(2):
         more = lib.mopeq_experts(
-            first, second, down, count, in_features, out_features,
+            first, second, down, tables.experts, in_features, out_features,
             x_RN.data_ptr(), x_RN.shape[0], index_RK.data_ptr(), index_RK.shape[1],
             None if weight_RK is None else weight_RK.data_ptr(), y[0].data_ptr(), y[-1].data_ptr(),
             torch.get_num_threads(), lib.mopeq_level() if level < 0 else level, room.data_ptr(), room.numel(),
