@@ -1,7 +1,9 @@
-"""GPTQ with ranges chosen on the way and coordinate descent: against rtn, against plain loops, on odd inputs."""
+"""GPTQ with ranges chosen on the way and coordinate descent: against rtn, against plain loops, on odd inputs; in torch
+and compiled."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -10,9 +12,31 @@ import torch
 from quant_reference import WIDTHS, check_form, feed_back_row, moments, odd_cases, output_errors, weights
 
 from mopeq.errors import BadInput
+from mopeq.kernels.build import BEST, feedback
 from mopeq.nouns import Format
-from mopeq.quant import descent, gptq, rtn
+from mopeq.quant import compiled, descent, gptq, rtn
+from mopeq.quant.descent import Inputs, spread
 from mopeq.tensors import per_input
+
+SETS = {"torch": 0, "avx2": 1, "avx512": 2}
+
+
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have gptq and descent work by torch, or by one instruction set."""
+    if name == "torch":
+        monkeypatch.setattr(compiled, "usable", lambda w: False)
+        return
+    lib = feedback()
+    if lib is None or lib.mopeq_gptq_set(SETS[name]) < SETS[name]:
+        pytest.skip(f"gptq.c cannot be built, or {name} is not here")
+
+
+@pytest.fixture(params=SETS, autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    use(request.param, monkeypatch)
+    yield request.param
+    if (lib := feedback()) is not None:
+        lib.mopeq_gptq_set(BEST)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -38,15 +62,16 @@ def test_feedback_agrees_with_the_papers_loop(bits: int, scheme: str) -> None:
     """With the ranges that were chosen, codes are those of a loop over columns with inverses in float64."""
     fmt = Format(bits, 16, scheme)
     w, m = weights((3, 6, 40), seed=bits), moments(3, 40, seed=bits)
-    h, upper, v, order = descent.factored(m, 16)
-    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, upper, v, order)
+    found = descent.factored(m, 16)
+    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found.mt, found.v, found.order)
     agreed = 0
     for e in range(3):
         for row in range(6):
             s = per_input(scale[e, :, row], 16, 40).double().numpy()
             z = per_input(zero[e, :, row], 16, 40).double().numpy()
             exact = w[e, row].double().numpy()
-            codes, tie = feed_back_row(exact, h[e].double().numpy(), order[e].tolist(), s, z, fmt.max_code)
+            h, order = found.h[e].double().numpy(), found.order[e].tolist()
+            codes, tie = feed_back_row(exact, h, order, s, z, fmt.max_code)
             if tie > 1e-3:  # float32 and float64 may part at a tie, and all that follows with them
                 assert np.array_equal(codes - z, level[e, :, row].numpy())
                 agreed += 1
@@ -56,17 +81,17 @@ def test_feedback_agrees_with_the_papers_loop(bits: int, scheme: str) -> None:
 def test_each_row_keeps_its_cheapest_candidate() -> None:
     fmt = Format(2, 24)
     w, m = weights((2, 5, 24), seed=1), moments(2, 24, seed=1)
-    h, upper, v, order = descent.factored(m, 24)
-    level, scale, _ = gptq.feed_back(w.mT.contiguous(), fmt, upper, v, order)
-    s, z = gptq.searched_range(descent.take(w.mT, order), v, fmt)
-    s_EKN, z_EKN = gptq.tried(s, z, fmt)
+    found = descent.factored(m, 24)
+    level, scale, _ = gptq.feed_back(w.mT.contiguous(), fmt, found.mt, found.v, found.order)
+    s, z = gptq.searched_range(descent.take(w.mT, found.order), found.v, fmt)
+    s_EKN, z_EKN = gptq.candidates(s, z, fmt)
     for e in range(2):
         for row in range(5):
-            exact, hh = w[e, row].double().numpy(), h[e].double().numpy()
+            exact, hh = w[e, row].double().numpy(), found.h[e].double().numpy()
             costs = []
             for k in range(s_EKN.shape[1]):
                 sk, zk = (np.full(24, float(t[e, k, row])) for t in (s_EKN, z_EKN))
-                away = (feed_back_row(exact, hh, order[e].tolist(), sk, zk, 3)[0] - zk) * sk - exact
+                away = (feed_back_row(exact, hh, found.order[e].tolist(), sk, zk, 3)[0] - zk) * sk - exact
                 costs.append(away @ hh @ away)
             away = level[e, :, row].double().numpy() * float(scale[e, 0, row]) - exact
             assert away @ hh @ away <= min(costs) * (1 + 1e-5)
@@ -82,7 +107,7 @@ def damped_loss(w: torch.Tensor, q_or_values: torch.Tensor, h: torch.Tensor) -> 
 def test_descent_never_climbs_and_ends_where_no_code_helps(bits: int, scheme: str) -> None:
     fmt = Format(bits, 24, scheme)
     w, m = weights((2, 6, 60), seed=bits), moments(2, 60, seed=bits)
-    h = descent.factored(m, 24)[0]
+    h = descent.factored(m, 24).h
     losses = [damped_loss(w, gptq.quantize(w, fmt, moments=m, sweeps=n).dequantize(), h) for n in (0, 1, 2, 4, 40)]
     for before, after in pairwise(losses):
         assert bool((after <= before * (1 + 1e-4)).all())
@@ -125,14 +150,14 @@ def descend_row(w, h, level, scales, zeros, fmt):  # type: ignore[no-untyped-def
 def test_descent_agrees_with_a_plain_loop(bits: int) -> None:
     fmt = Format(bits, 20)
     w, m = weights((3, 8, 50), seed=bits), moments(3, 50, seed=bits)
-    h, upper, v, order = descent.factored(m, 20)
-    start = gptq.feed_back(w.mT.contiguous(), fmt, upper, v, order)
-    level, scale = descent.descend(w.mT.contiguous(), fmt, h, *start, 1)
+    found = descent.factored(m, 20)
+    start = gptq.feed_back(w.mT.contiguous(), fmt, found.mt, found.v, found.order)
+    level, scale = descent.descend(w.mT.contiguous(), fmt, found.h, *start, 1)
     same = 0
     for e in range(3):
         for row in range(8):
             given = [t[e, :, row].double().numpy() for t in start]
-            wanted, scales = descend_row(w[e, row].double().numpy(), h[e].double().numpy(), *given, fmt)
+            wanted, scales = descend_row(w[e, row].double().numpy(), found.h[e].double().numpy(), *given, fmt)
             same += np.array_equal(wanted, level[e, :, row].numpy()) and np.allclose(
                 scales, scale[e, :, row], rtol=1e-3
             )
@@ -204,3 +229,68 @@ def test_a_matrix_is_the_same_alone_in_a_batch_and_in_pieces(monkeypatch: pytest
     assert float((pieces.codes != whole.codes).float().mean()) < 0.02
     a, b = output_errors(w, whole, m), output_errors(w, pieces, m)
     assert torch.allclose(a, b, rtol=1e-2)
+
+
+def solved(w: torch.Tensor, fmt: Format, m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Dequantized [E, C, out] after feedback and after descent, with the loss [E, out] of the latter in float64."""
+    found, n = descent.factored(m, fmt.group_size), w.shape[2]
+    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found.mt, found.v, found.order)
+    first = level * spread(scale, fmt.group_size, n)
+    level, scale = descent.descend(w.mT.contiguous(), fmt, found.h, level, scale, zero, 2)
+    last = level * spread(scale, fmt.group_size, n)
+    return first, last, damped_loss(w, last.mT, found.h)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_compiled_is_torchs_but_for_ties(bits: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh weights, outputs around the tiles' sizes, inputs around the groups': nearly all codes the same, and a tie
+    that falls the other way costs nothing."""
+    if path == "torch":
+        pytest.skip("it is what the others are held against")
+    rng = np.random.default_rng()
+    for out, n, group in ((1, 5, 16), (16, 64, 32), (33, 100, 64), (64, 257, 128), (65, 40, 16), (130, 96, 24)):
+        fmt, seed = Format(bits, group, "as"[int(rng.integers(2))]), int(rng.integers(1 << 30))
+        w, m = weights((2, out, n), seed=seed), moments(2, n, seed=seed)
+        found = solved(w, fmt, m)
+        with monkeypatch.context() as patch:
+            use("torch", patch)
+            wanted = solved(w, fmt, m)
+        for ours, theirs in zip(found[:2], wanted[:2], strict=True):
+            differ = (ours - theirs).abs() > 2e-3 * theirs.abs()
+            assert float(differ.float().mean()) < 0.05, (seed, fmt, out, n)
+        assert float((found[2].sum() / wanted[2].sum()).log().abs()) < 0.005, (seed, fmt, out, n)
+
+
+def test_the_same_bits_by_any_vectors_and_threads() -> None:
+    lib = feedback()
+    if lib is None or lib.mopeq_gptq_set(2) < 2:
+        pytest.skip("gptq.c cannot be built, or AVX-512 is not here")
+    threads = torch.get_num_threads()
+    for shape, bits in (((3, 100, 130), 2), ((1, 20, 64), 3), ((2, 64, 300), 4)):
+        w, m = weights(shape, seed=bits), moments(shape[0], shape[2], seed=bits)
+        made = []
+        try:
+            for vectors, count in ((2, 1), (1, 1), (2, 2), (1, 3)):
+                lib.mopeq_gptq_set(vectors)
+                torch.set_num_threads(1)
+                found = descent.factored(m, 64)  # BLAS's sums do depend on threads
+                torch.set_num_threads(count)
+                start = gptq.feed_back(w.mT.contiguous(), Format(bits, 64), found.mt, found.v, found.order)
+                made.append((*start, *descent.descend(w.mT.contiguous(), Format(bits, 64), found.h, *start, 2)))
+        finally:
+            torch.set_num_threads(threads)
+        for other in made[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
+def test_widths_and_matrices_share_what_is_made_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = descent.factored
+    monkeypatch.setattr(descent, "factored", lambda m, size: made.append(size) or real(m, size))
+    inputs = Inputs(moments(3, 48))
+    for bits in (2, 3):
+        for seed in (0, 1):
+            w = weights((3, 6, 48), seed=seed)
+            q = gptq.quantize(w, Format(bits, 16), moments=inputs)
+            assert torch.equal(q.codes, gptq.quantize(w, Format(bits, 16), moments=inputs.moments).codes)
+    assert made == [16] * 5  # one that is shared, and the four beside it

@@ -19,7 +19,7 @@ def test_outputs_are_never_further_than_rtns(bits: int, scheme: str) -> None:
     for shape, w, m in odd_cases(bits):
         q = signround.quantize(w, fmt, moments=m)
         check_form(q, w, fmt)
-        h = descent.factored(m, 32)[0]  # what it minimises: with damping
+        h = descent.factored(m, 32).h  # what it minimises: with damping
         ours_E, theirs_E = output_errors(w, q, h), output_errors(w, rtn.quantize(w, fmt), h)
         assert bool((ours_E <= theirs_E * (1 + 1e-5)).all())
         if shape[2] > 1:
@@ -40,7 +40,7 @@ def test_odd_weights_and_moments(scheme: str) -> None:
         for mm in (m, m * 0, moments(1, n, seed=4, tokens=1), dead):
             q = signround.quantize(w, fmt, moments=mm)
             check_form(q, w, fmt)
-            h = descent.factored(mm, 32)[0]
+            h = descent.factored(mm, 32).h
             limit = output_errors(w, rtn.quantize(w, fmt), h)
             assert bool((output_errors(w, q, h) <= limit * (1 + 1e-5)).all())
     assert torch.equal(signround.quantize(base * 0, fmt, moments=m).dequantize(), base * 0)

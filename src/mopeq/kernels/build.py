@@ -17,7 +17,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
 ROUND = Path(__file__).with_name("round.c")
+GPTQ = Path(__file__).with_name("gptq.c")
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread")
+BEST = 2  # the widest set of instructions that gptq.c knows
 SECONDS = 300  # after which a compiler is given up on
 
 
@@ -80,6 +82,18 @@ def rounding() -> ctypes.CDLL | None:
         address, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         lib.mopeq_round.argtypes = (address, count, size, size, count, count, count, address, address, address)
         lib.mopeq_round.restype = count
+    return lib
+
+
+@cache
+def feedback() -> ctypes.CDLL | None:
+    """Rounding with feedback and coordinate descent (gptq.c), or None: torch does the same, more slowly."""
+    lib, _ = compiled(GPTQ) if platform.machine() in ("x86_64", "AMD64") else (None, "")
+    if lib is None or not lib.mopeq_gptq_set(BEST):
+        return None
+    address, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    lib.mopeq_feed_back.argtypes = (address, size, size, size, *[address] * 7, size, size)
+    lib.mopeq_descend.argtypes = (address, size, size, size, *[address] * 5, count, size, size)
     return lib
 
 

@@ -6,10 +6,13 @@ code - zero.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from mopeq.nouns import Format
+from mopeq.quant import compiled
 from mopeq.quant.rtn import LARGEST, SMALLEST, stored_scale
 from mopeq.tensors import per_input
 
@@ -30,11 +33,42 @@ def slices(n: int, size: int) -> list[slice]:
 # ------------------------------------------------------------------------------------------------ moments
 
 
-def factored(moments_ECC: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Damped moments H; M and v [E, C] of H = M diag(v) M^T with the columns in the order [E, C] they are rounded in.
+@dataclass(frozen=True)
+class Factors:
+    """Damped moments H [E, C, C]; M transposed [E, C, C] and v [E, C] of H = M diag(v) M^T, M unit upper triangular,
+    with the columns in the order [E, C] they are rounded in."""
 
-    Damping grows tenfold for experts whose float32 moments of few tokens need it. NaN moments count as never seen.
-    """
+    h: Tensor
+    mt: Tensor
+    v: Tensor
+    order: Tensor
+
+
+@dataclass
+class Inputs:
+    """The second moments [E, C, C] of some matrices' inputs. What is made of them is kept as long as this is: widths,
+    and matrices that share their inputs, share it."""
+
+    moments: Tensor
+    made: dict[int, Factors] = field(default_factory=dict)  # by group size
+    parts: dict[tuple[int, int], Inputs] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, moments: Tensor | Inputs) -> Inputs:
+        return moments if isinstance(moments, Inputs) else cls(moments)
+
+    def part(self, some: slice) -> Inputs:
+        """Those of some of the matrices."""
+        return self.parts.setdefault((some.start, some.stop), Inputs(self.moments[some]))
+
+    def factors(self, group_size: int) -> Factors:
+        if group_size not in self.made:
+            self.made[group_size] = factored(self.moments.float(), group_size)
+        return self.made[group_size]
+
+
+def factored(moments_ECC: Tensor, group_size: int) -> Factors:
+    """Damping grows tenfold where float32 moments of few tokens need it. NaN moments count as never seen."""
     h, damping_E = of_mean_one(moments_ECC)
     order = column_order(h.diagonal(dim1=-2, dim2=-1), group_size)
     while True:
@@ -45,9 +79,9 @@ def factored(moments_ECC: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
         if not bool(info_E.any()):
             break
         damping_E = torch.where(info_E > 0, 10 * damping_E, damping_E)
-    upper = lower.flip(-1, -2)
-    root = upper.diagonal(dim1=-2, dim2=-1)
-    return damp, upper / root[:, None], root.square(), order
+    upper_t = lower.mT.flip(-1, -2)
+    root = upper_t.diagonal(dim1=-2, dim2=-1)
+    return Factors(damp, upper_t / root[..., None], root.square(), order)
 
 
 def of_mean_one(moments_ECC: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +121,8 @@ def descend(
     w: Tensor, fmt: Format, h: Tensor, level: Tensor, scale: Tensor, zero: Tensor, sweeps: int
 ) -> tuple[Tensor, Tensor]:
     """Lower tr(D H D^T) by moving every code, then every scale, to its best with all others held; `sweeps` times."""
+    if compiled.usable(w):
+        return compiled.descend(compiled.CFormat.of(fmt), w, h, level, scale, zero, sweeps)
     n, size = w.shape[1], fmt.group_size
     level, scale = level.clone(), scale.clone()
     away = level * spread(scale, size, n) - w

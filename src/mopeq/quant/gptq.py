@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from mopeq.nouns import Format
-from mopeq.quant.descent import BLOCK, descend, factored, slices, spread, take
+from mopeq.quant import compiled
+from mopeq.quant.descent import BLOCK, Inputs, descend, slices, spread, take
 from mopeq.quant.rtn import LARGEST, scale_and_zero, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
 from mopeq.tensors import QWeight
@@ -35,14 +36,15 @@ CHUNK_DEVICE = 1 << 26
 
 
 @torch.no_grad()
-def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, sweeps: int = SWEEPS, **_: Any) -> QWeight:
+def quantize(w: Tensor, fmt: Format, moments: Tensor | Inputs | None = None, sweeps: int = SWEEPS, **_: Any) -> QWeight:
     """Matrices [E, out, in] with their inputs' second moments [E, in, in]; without moments, round to nearest.
 
     Moments of zeros (inputs never seen) weigh all inputs alike. BadInput where a scale leaves fp16's range.
     """
     if moments is None:
         return round_to_nearest(w, fmt)
-    return QWeight.join([solve(w[b].float(), fmt, moments[b].float(), sweeps) for b in batches(w)])
+    inputs = Inputs.of(moments)
+    return QWeight.join([solve(w[b].float(), fmt, inputs.part(b), sweeps) for b in batches(w)])
 
 
 def batches(w_ENC: Tensor) -> list[slice]:
@@ -51,13 +53,13 @@ def batches(w_ENC: Tensor) -> list[slice]:
     return slices(len(w_ENC), max(1, size))
 
 
-def solve(w_ENC: Tensor, fmt: Format, moments_ECC: Tensor, sweeps: int) -> QWeight:
+def solve(w_ENC: Tensor, fmt: Format, inputs: Inputs, sweeps: int) -> QWeight:
     """One batch of matrices."""
     w = w_ENC.mT.contiguous()
     scale_and_zero(w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), fmt)  # refuses what no fp16 scale can express
-    h, m, v, order = factored(moments_ECC, fmt.group_size)
-    level, scale, zero = feed_back(w, fmt, m, v, order)
-    level, scale = descend(w, fmt, h, level, scale, zero, sweeps)
+    found = inputs.factors(fmt.group_size)
+    level, scale, zero = feed_back(w, fmt, found.mt, found.v, found.order)
+    level, scale = descend(w, fmt, found.h, level, scale, zero, sweeps)
     codes = (level + spread(zero, fmt.group_size, w.shape[1])).to(torch.uint8)
     zeros = None if fmt.scheme == "s" else zero.mT.contiguous().to(torch.uint8)
     return QWeight(codes.mT.contiguous(), scale.mT.contiguous().half(), zeros, fmt)
@@ -66,8 +68,11 @@ def solve(w_ENC: Tensor, fmt: Format, moments_ECC: Tensor, sweeps: int) -> QWeig
 # ----------------------------------------------------------------------------------- rounding with feedback
 
 
-def feed_back(w: Tensor, fmt: Format, m: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def feed_back(w: Tensor, fmt: Format, mt: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Levels (code - zero) [E, C, N], scales and zero points [E, G, N], all float32."""
+    if compiled.usable(w):
+        tried = compiled.CFormat.of(fmt, clips(fmt), neighbours(fmt), factors(fmt))
+        return compiled.feed_back(tried, fmt.groups(w.shape[1]), w, mt, v, order)
     n, size = w.shape[1], fmt.group_size
     wo = take(w, order)
     wrong, level = torch.zeros_like(wo), torch.empty_like(wo)  # w - q, code - zero, in the order of rounding
@@ -75,10 +80,12 @@ def feed_back(w: Tensor, fmt: Format, m: Tensor, v: Tensor, order: Tensor) -> tu
     for part in slices(n, size):
         target = wo[:, part]
         if part.start:
-            target = torch.baddbmm(target, m[:, : part.start, part].mT, wrong[:, : part.start])
+            target = torch.baddbmm(target, mt[:, part, : part.start], wrong[:, : part.start])
         s, z = searched_range(target, v[:, part], fmt)
-        s, z = tried(s, z, fmt)
-        s, z = round_group(target, wo[:, part], m[:, part, part], v[:, part], s, z, fmt, level[:, part], wrong[:, part])
+        s, z = candidates(s, z, fmt)
+        s, z = round_group(
+            target, wo[:, part], mt[:, part, part], v[:, part], s, z, fmt, level[:, part], wrong[:, part]
+        )
         place = (order[:, part.start] // size)[:, None, None].expand(-1, 1, w.shape[-1])
         scale.scatter_(1, place, s[:, None])
         zero.scatter_(1, place, z[:, None])
@@ -86,7 +93,7 @@ def feed_back(w: Tensor, fmt: Format, m: Tensor, v: Tensor, order: Tensor) -> tu
 
 
 def round_group(
-    target: Tensor, w: Tensor, m: Tensor, v: Tensor, s: Tensor, z: Tensor, fmt: Format, level: Tensor, wrong: Tensor
+    target: Tensor, w: Tensor, mt: Tensor, v: Tensor, s: Tensor, z: Tensor, fmt: Format, level: Tensor, wrong: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Round a group's columns in turn under each of K candidates s, z [E, K, N]; keep each row's cheapest.
 
@@ -102,13 +109,13 @@ def round_group(
         first = block.start
         aims = target[:, block, None].expand(-1, -1, k, -1)
         if first:
-            aims = aims + torch.bmm(m[:, :first, block].mT, wrongs[:, :first].flatten(2)).unflatten(-1, (k, rows))
+            aims = aims + torch.bmm(mt[:, block, :first], wrongs[:, :first].flatten(2)).unflatten(-1, (k, rows))
         for j in range(first, block.stop):
             aim = aims[:, j - first]
             if j > first:
                 aim = (
                     aim
-                    + torch.bmm(m[:, None, first:j, j], wrongs[:, first:j].flatten(2)).unflatten(-1, (k, rows))[:, 0]
+                    + torch.bmm(mt[:, j, None, first:j], wrongs[:, first:j].flatten(2)).unflatten(-1, (k, rows))[:, 0]
                 )
             x = torch.mul(aim, inverse, out=levels[:, j]).round_()
             torch.clamp(x, low, high, out=x)
@@ -149,11 +156,10 @@ def searched_range(x: Tensor, weight: Tensor, fmt: Format) -> tuple[Tensor, Tens
 
     for clip in clips(fmt):
         attempt(*scale_and_zero(low * clip, high * clip, fmt))
-    if fmt.bits <= 3 and fmt.scheme == "a":
-        scale, zero = best
-        for step in (-1, 1):
-            for factor in (0.87, 1.0, 1.13):
-                attempt(stored_scale((scale * factor).clamp_max(LARGEST)), (zero + step).clamp(0, fmt.max_code))
+    scale, zero = best
+    for step in (-1, 1):
+        for factor in neighbours(fmt):
+            attempt(stored_scale((scale * factor).clamp_max(LARGEST)), (zero + step).clamp(0, fmt.max_code))
     return best
 
 
@@ -162,6 +168,11 @@ def clips(fmt: Format) -> tuple[float, ...]:
     least = {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.7}.get(fmt.bits, 0.85)
     count = 8 if fmt.bits <= 4 else 3
     return tuple(1 - (1 - least) * i / count for i in range(1, count + 1))
+
+
+def neighbours(fmt: Format) -> tuple[float, ...]:
+    """Factors of the scale worth trying with the zero points beside the best, where codes are few."""
+    return (0.87, 1.0, 1.13) if fmt.bits <= 3 and fmt.scheme == "a" else ()
 
 
 def rounding_loss(x: Tensor, weight: Tensor, s: Tensor, z: Tensor, fmt: Format, scratch: tuple[Tensor, ...]) -> Tensor:
@@ -173,8 +184,13 @@ def rounding_loss(x: Tensor, weight: Tensor, s: Tensor, z: Tensor, fmt: Format, 
     return torch.bmm(weight, q.sub_(t).square_())[:, 0] * s * s
 
 
-def tried(s: Tensor, z: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """The candidates [E, 3, N] that are rounded with feedback: the range found, one narrower and one wider."""
+def factors(fmt: Format) -> tuple[float, ...]:
+    """Of the scale found, what a group is rounded with: the same, one narrower and one wider."""
     away = 0.2 / fmt.bits
-    scales = stored_scale(torch.stack([s, s * (1 - away), s * (1 + away)], 1).clamp_max(LARGEST))
-    return scales, torch.stack([z, z, z], 1)
+    return 1.0, 1 - away, 1 + away
+
+
+def candidates(s: Tensor, z: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The scales and zero points [E, 3, N] that are rounded with feedback."""
+    scales = torch.stack([s * factor for factor in factors(fmt)], 1)
+    return stored_scale(scales.clamp_max(LARGEST)), torch.stack([z, z, z], 1)

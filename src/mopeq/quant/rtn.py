@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mopeq.errors import BadInput
+from mopeq.kernels.build import rounding
 from mopeq.nouns import Format
 from mopeq.tensors import QWeight, pack_bits, per_input
 
@@ -76,8 +77,6 @@ def quantize(w: Tensor, fmt: Format, **_: Any) -> QWeight:
 def packed(w: Tensor, fmt: Format) -> dict[str, Tensor]:
     """`quantize(w, fmt).pack()` of one matrix [out, in], bit for bit: in one pass where a C compiler was found, else a
     bounded number of its rows at a time."""
-    from mopeq.kernels.build import rounding
-
     if (lib := rounding()) is not None and (made := packed_by(lib, w, fmt)) is not None:
         return made
     rows = w.split(max(1, AT_A_TIME // w.shape[1]))

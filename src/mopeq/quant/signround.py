@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mopeq.nouns import Format
-from mopeq.quant.descent import factored, slices, spread
+from mopeq.quant.descent import Inputs, slices, spread
 from mopeq.quant.gptq import searched_range
 from mopeq.quant.rtn import LARGEST, SMALLEST, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
@@ -33,23 +33,23 @@ CHUNK_DEVICE = 1 << 26
 
 
 @torch.no_grad()
-def quantize(w: Tensor, fmt: Format, moments: Tensor | None = None, steps: int = STEPS, **_: Any) -> QWeight:
+def quantize(w: Tensor, fmt: Format, moments: Tensor | Inputs | None = None, steps: int = STEPS, **_: Any) -> QWeight:
     """Matrices [E, out, in] with their inputs' second moments [E, in, in]; without moments, round to nearest."""
     if moments is None:
         return round_to_nearest(w, fmt)
     size = max(1, (CHUNK if w.device.type == "cpu" else CHUNK_DEVICE) // (w.shape[1] * w.shape[2]))
-    parts = [tune(w[a : a + size].float(), fmt, moments[a : a + size].float(), steps) for a in range(0, len(w), size)]
-    return QWeight.join(parts)
+    inputs = Inputs.of(moments)
+    return QWeight.join([tune(w[b].float(), fmt, inputs.part(b), steps) for b in slices(len(w), size)])
 
 
-def tune(w_ENC: Tensor, fmt: Format, moments_ECC: Tensor, steps: int) -> QWeight:
+def tune(w_ENC: Tensor, fmt: Format, inputs: Inputs, steps: int) -> QWeight:
     """One batch of matrices, worked on as [E, C, N]."""
     w, n, size = w_ENC.mT.contiguous(), w_ENC.shape[-1], fmt.group_size
     nearest = round_to_nearest(w_ENC, fmt)  # also refuses scales beyond fp16
     middle = torch.full_like(nearest.scales.float(), 2.0 ** (fmt.bits - 1))
     zero = (middle if nearest.zeros is None else nearest.zeros.float()).mT.contiguous()
     scale = nearest.scales.float().mT.contiguous()
-    h = factored(moments_ECC, size)[0]
+    h = inputs.factors(size).h
     best = Best(nearest.codes.mT.float() - spread(zero, size, n), scale, zero, w, h, size)
     weight_EC = h.diagonal(dim1=-2, dim2=-1)
     found = [searched_range(w[:, group], weight_EC[:, group], fmt) for group in slices(n, size)]

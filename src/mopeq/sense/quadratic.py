@@ -30,6 +30,7 @@ from mopeq.data.encode import no_padding
 from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity
 from mopeq.progress import Progress, progress
 from mopeq.quant import QUANTIZERS
+from mopeq.quant.descent import Inputs, slices
 from mopeq.rundir import CANDIDATES, Kept
 from mopeq.seam import Seen, plain_forward, watch, weights
 from mopeq.sense.frequency import Counts, token_facts
@@ -40,7 +41,7 @@ from mopeq.tables import pick
 from mopeq.tensors import QWeight
 from mopeq.walk.walking import Run, Visit, Walk
 
-CHUNK = 1 << 24  # weights quantized at a time
+CHUNK = 1 << 23  # weights quantized at a time
 SETTLED = 0.015  # of the predicted loss, that maps of halves may lose (docs/accuracy.md)
 
 
@@ -412,17 +413,16 @@ def candidates(
         seen = adding.found.pop(id(module), None)
         if seen is not None:
             seen.fill_starved()
-        for p, w_ENC in weights(module).items():
-            m = None if seen is None else seen.of(p)
-            size = max(1, CHUNK // (w_ENC.shape[1] * w_ENC.shape[2]))
-            made[layer.layer, p] = []
-            for fmt in scene.formats:
-                parts = []
-                for at in range(0, layer.experts, size):
-                    w = w_ENC[at : at + size].float()
-                    parts.append(quantize(w, fmt, moments=None if m is None else m[at : at + size], seed=scene.seed))
+        matrices = weights(module)
+        parts: dict[str, list[list[QWeight]]] = {p: [[] for _ in scene.formats] for p in matrices}
+        for b in slices(layer.experts, max(1, CHUNK // max(w[0].numel() for w in matrices.values()))):
+            told = {} if seen is None else {"up": Inputs(seen.x[b]), "down": Inputs(seen.h[b])}
+            for p, w_ENC in matrices.items():
+                w = w_ENC[b].float()
+                for found, fmt in zip(parts[p], scene.formats, strict=True):
+                    found.append(quantize(w, fmt, moments=told.get("down" if p == "down" else "up"), seed=scene.seed))
                     tick(w.numel())
-                made[layer.layer, p].append(QWeight.join(parts))
+        made |= {(layer.layer, p): [QWeight.join(found) for found in each] for p, each in parts.items()}
         if walking.whole and scene.kept.has_room(len(scene.formats) * layer.params):
             packed = {
                 (p, f): made[layer.layer, p][f].pack() for p in layer.projections for f in range(len(scene.formats))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,10 +72,13 @@ def whole_model(scene: Scene, attention: str | None, who: str) -> Any:
 def shows(walking: Walk, batches: Sequence[Batch]) -> list[Run]:
     """Runs that show each batch to the model, for those who watch; what it answers is dropped."""
 
-    def show(batch: Batch) -> None:
-        walking.model(**model_inputs(batch, walking.device), use_cache=False)
+    return [partial(show, walking, batch) for batch in batches]
 
-    return [partial(show, batch) for batch in batches]
+
+def show(walking: Walk, batch: Batch) -> None:
+    """Show a batch to the model for those who watch its layers; its head does no more than it must."""
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(walking.model.forward).parameters else {}
+    walking.model(**model_inputs(batch, walking.device), **few, use_cache=False)
 
 
 def from_scores(

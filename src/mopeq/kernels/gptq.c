@@ -1,0 +1,439 @@
+/* Rounding with feedback and coordinate descent, what quant/gptq.py and quant/descent.py say in torch: there stand the
+   formulas, here the same steps on a tile of a matrix's outputs while it is in the caches.
+
+   Matrices are [inputs, outputs]. Outputs do not know of each other, so each is a lane of its own: the order of a lane's
+   sums is the same whatever the vectors' width, the tile or the number of threads, and so are the codes (additions of
+   products are fused, which both sets of instructions can). For x86 with AVX2 or AVX-512; built at first use (build.py).
+   Elementwise loops are plain C that compilers turn into vectors. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH_LANE for (int l = 0; l < lanes; l++)
+#define UNROLL _Pragma("GCC unroll 8")
+#define WITH_AVX2 __attribute__((target("avx2,fma")))
+#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+
+enum { LANES = 64, FEW_LANES = 16, TRIED = 3, BLOCK = 16 }; /* of a tile; scales a group is rounded with; columns */
+enum { NONE, AVX2, AVX512 };
+enum { DONE = 0, NO_MEMORY = 1 };
+
+/* A format, and what gptq.py tries for it: shares of the whole range, factors of the scale beside the neighbouring zero
+   points, factors of the scale found. */
+typedef struct {
+    int32_t bits, symmetric, group, clip_count, neighbour_count;
+    float clips[16], neighbours[4], factors[TRIED];
+} Format;
+
+/* ---------------------------------------------------------------------------------------------------- lanes */
+
+static const float SMALLEST = 0x1p-24f, NORMAL = 0x1p-14f, LARGEST = 65504.0f;
+
+INLINE float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; } /* ties to even, |x| < 2^22 */
+INLINE float at_least(float x, float low) { return x > low ? x : low; }
+INLINE float at_most(float x, float high) { return x < high ? x : high; }
+INLINE float level_of(float x, float low, float high) { return nearest(at_most(at_least(x, low), high)); }
+
+/* rtn.stored_scale of a scale up to LARGEST: the nearest fp16, but the next above where fp16 is subnormal. */
+INLINE float stored_scale(float scale) {
+    const float steps = at_least(ceilf(at_most(scale, NORMAL) * 0x1p24f), 1.0f) * SMALLEST;
+    uint32_t u;
+    memcpy(&u, &scale, 4);
+    u += 0xfff + ((u >> 13) & 1);
+    u &= ~(uint32_t)0x1fff;
+    float half;
+    memcpy(&half, &u, 4);
+    return scale < NORMAL ? steps : half;
+}
+
+/* Rows of a matrix in memory <-> rows of a tile; lanes beyond the matrix are zeros. */
+INLINE void load(float *tile, const float *row, int held, int lanes) {
+    memcpy(tile, row, held * sizeof(float));
+    for (int l = held; l < lanes; l++) tile[l] = 0;
+}
+
+INLINE void store(float *row, const float *tile, int held) { memcpy(row, tile, held * sizeof(float)); }
+
+/* name(...): c [rows, lanes] (+)= a [rows, n] b [n, lanes], rows of a `stride` apart; four rows of `most` vectors of
+   `size` lanes at a time stay in registers. Tiles have 64 lanes or 16. */
+#define PRODUCT(name, attribute, vec, size, most)                                                                     \
+    typedef float vec __attribute__((vector_size(4 * size), aligned(4), may_alias));                                  \
+    INLINE void name##_rows(int rows, int64_t n, const float *a, int64_t stride, const float *b, float *c, int lanes, \
+                            int width, int add) {                                                                     \
+        for (int at = 0; at < lanes; at += width * size) {                                                            \
+            vec sum[4][most];                                                                                         \
+            UNROLL for (int i = 0; i < rows; i++) {                                                                   \
+                UNROLL for (int v = 0; v < width; v++) {                                                              \
+                    sum[i][v] = add ? *(const vec *)(c + i * lanes + at + v * size) : (vec){0};                       \
+                }                                                                                                     \
+            }                                                                                                         \
+            for (int64_t k = 0; k < n; k++) {                                                                         \
+                const float *from = b + k * lanes + at;                                                               \
+                UNROLL for (int i = 0; i < rows; i++) {                                                               \
+                    const float factor = a[i * stride + k];                                                           \
+                    UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * *(const vec *)(from + v * size);     \
+                }                                                                                                     \
+            }                                                                                                         \
+            UNROLL for (int i = 0; i < rows; i++) {                                                                   \
+                UNROLL for (int v = 0; v < width; v++) *(vec *)(c + i * lanes + at + v * size) = sum[i][v];           \
+            }                                                                                                         \
+        }                                                                                                             \
+    }                                                                                                                 \
+    INLINE void name##_tile(int rows, int64_t n, const float *a, int64_t stride, const float *b, float *c, int lanes, \
+                            int add) {                                                                                \
+        const int width = lanes / size < most ? lanes / size : most;                                                  \
+        for (; rows >= 4; rows -= 4, a += 4 * stride, c += 4 * lanes)                                                 \
+            name##_rows(4, n, a, stride, b, c, lanes, width, add);                                                    \
+        for (; rows > 0; rows--, a += stride, c += lanes) name##_rows(1, n, a, stride, b, c, lanes, width, add);      \
+    }                                                                                                                 \
+    attribute static void name(int rows, int64_t n, const float *a, int64_t stride, const float *b, float *c,         \
+                               int lanes, int add) {                                                                  \
+        if (lanes == LANES)                                                                                           \
+            name##_tile(rows, n, a, stride, b, c, LANES, add);                                                        \
+        else                                                                                                          \
+            name##_tile(rows, n, a, stride, b, c, FEW_LANES, add);                                                    \
+    }
+
+PRODUCT(product_256, WITH_AVX2, vec8, 8, 2)
+PRODUCT(product_512, WITH_AVX512, vec16, 16, 4)
+
+INLINE void product(int rows, int64_t n, const float *a, int64_t stride, const float *b, float *c, int lanes, int set,
+                    int add) {
+    (set == AVX512 ? product_512 : product_256)(rows, n, a, stride, b, c, lanes, add);
+}
+
+/* --------------------------------------------------------------------------------------------------- ranges */
+
+/* rtn.scale_and_zero of ranges that fp16 can express. */
+INLINE void scale_and_zero(const Format *f, float low, float high, float *scale, float *zero) {
+    const float most = (float)((1 << f->bits) - 1), half = (float)(1 << (f->bits - 1));
+    if (f->symmetric) {
+        *scale = stored_scale(at_least(-low / half, high / at_least(half - 1, 1.0f)));
+        *zero = half;
+    } else {
+        *scale = stored_scale((high - low) / most);
+        *zero = level_of(-low / *scale, 0, most);
+    }
+}
+
+/* gptq.rounding_loss of each lane. */
+INLINE void rounding_loss(const Format *f, int columns, const float *x, const float *weight, const float *s,
+                          const float *z, float *loss, int lanes) {
+    const float most = (float)((1 << f->bits) - 1);
+    float inverse[LANES], low[LANES], high[LANES], sum[LANES];
+    EACH_LANE {
+        inverse[l] = 1 / s[l];
+        low[l] = -z[l];
+        high[l] = most - z[l];
+        sum[l] = 0;
+    }
+    for (int j = 0; j < columns; j++) {
+        const float *row = x + j * lanes, by = weight[j];
+        EACH_LANE {
+            const float t = row[l] * inverse[l], away = level_of(t, low[l], high[l]) - t;
+            sum[l] += by * (away * away);
+        }
+    }
+    EACH_LANE loss[l] = sum[l] * s[l] * s[l];
+}
+
+/* Keeps the better of the best range so far and another. */
+INLINE void attempt(const Format *f, int columns, const float *x, const float *weight, const float *s, const float *z,
+                    float *scale, float *zero, float *least, int lanes) {
+    float loss[LANES];
+    rounding_loss(f, columns, x, weight, s, z, loss, lanes);
+    EACH_LANE {
+        const int better = loss[l] < least[l];
+        scale[l] = better ? s[l] : scale[l];
+        zero[l] = better ? z[l] : zero[l];
+        least[l] = better ? loss[l] : least[l];
+    }
+}
+
+/* gptq.searched_range of a group x [columns, lanes]. */
+INLINE void searched_range(const Format *f, int columns, const float *x, const float *weight, float *scale, float *zero,
+                           int lanes) {
+    const float most = (float)((1 << f->bits) - 1);
+    const float steps = f->symmetric ? at_least((float)((1 << (f->bits - 1)) - 1), 1.0f) : most;
+    float low[LANES], high[LANES], least[LANES], s[LANES], z[LANES];
+    EACH_LANE low[l] = high[l] = 0;
+    for (int j = 0; j < columns; j++) {
+        EACH_LANE {
+            low[l] = at_most(x[j * lanes + l], low[l]);
+            high[l] = at_least(x[j * lanes + l], high[l]);
+        }
+    }
+    EACH_LANE { /* feedback might have left what fp16 can express */
+        const float range = high[l] - low[l], room = 0.999f * LARGEST * steps;
+        const float within = range > room ? room / range : 1.0f;
+        low[l] *= within;
+        high[l] *= within;
+        scale_and_zero(f, low[l], high[l], scale + l, zero + l);
+    }
+    rounding_loss(f, columns, x, weight, scale, zero, least, lanes);
+    for (int i = 0; i < f->clip_count; i++) {
+        EACH_LANE scale_and_zero(f, low[l] * f->clips[i], high[l] * f->clips[i], s + l, z + l);
+        attempt(f, columns, x, weight, s, z, scale, zero, least, lanes);
+    }
+    float base[LANES], middle[LANES];
+    memcpy(base, scale, lanes * sizeof(float));
+    memcpy(middle, zero, lanes * sizeof(float));
+    for (int step = -1; step <= 1; step += 2) {
+        for (int i = 0; i < f->neighbour_count; i++) {
+            EACH_LANE {
+                s[l] = stored_scale(at_most(base[l] * f->neighbours[i], LARGEST));
+                z[l] = at_most(at_least(middle[l] + (float)step, 0), most);
+            }
+            attempt(f, columns, x, weight, s, z, scale, zero, least, lanes);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------ rounding with feedback */
+
+/* gptq.round_group: rounds target [columns, lanes] under one scale. mt [columns, columns of the group], rows m_stride
+   apart, is M transposed. */
+INLINE void round_group(const Format *f, int columns, const float *target, const float *w, const float *mt,
+                        int64_t m_stride, const float *v, const float *s, const float *z, float *level, float *wrong,
+                        float *cost, int lanes, int set) {
+    const float most = (float)((1 << f->bits) - 1);
+    float inverse[LANES], low[LANES], high[LANES];
+    EACH_LANE {
+        inverse[l] = 1 / s[l];
+        low[l] = -z[l];
+        high[l] = most - z[l];
+        cost[l] = 0;
+    }
+    for (int first = 0; first < columns; first += BLOCK) {
+        const int count = columns - first < BLOCK ? columns - first : BLOCK;
+        float aims[BLOCK * LANES];
+        memcpy(aims, target + first * lanes, count * lanes * sizeof(float));
+        product(count, first, mt + first * m_stride, m_stride, wrong, aims, lanes, set, 1);
+        for (int i = 0; i < count; i++) {
+            const int j = first + i;
+            float *aim = aims + i * lanes, by = v[j];
+            product(1, i, mt + j * m_stride + first, 0, wrong + first * lanes, aim, lanes, set, 1);
+            EACH_LANE {
+                const float x = level_of(aim[l] * inverse[l], low[l], high[l]), q = x * s[l];
+                level[j * lanes + l] = x;
+                wrong[j * lanes + l] = w[j * lanes + l] - q;
+                cost[l] += by * ((q - aim[l]) * (q - aim[l]));
+            }
+        }
+    }
+}
+
+/* gptq.feed_back of one tile: w and level [n, ...] are in the order of the file, rows `stride` apart, mt and v in that
+   of rounding. */
+INLINE int feed_back_tile(const Format *f, int64_t n, const float *w, const float *mt, const float *v,
+                          const int64_t *order, float *level, float *scale, float *zero, int64_t stride, int held,
+                          int lanes, int set) {
+    const int group = f->group;
+    const size_t part = (size_t)group * lanes, row = lanes * sizeof(float);
+    float *wrong = malloc((n + 2 * group) * row + 2 * TRIED * part * sizeof(float));
+    if (!wrong) return NO_MEMORY;
+    float *own = wrong + n * lanes, *target = own + part, *levels = target + part, *wrongs = levels + TRIED * part;
+    for (int64_t start = 0; start < n; start += group) {
+        const int columns = (int)(n - start < group ? n - start : group);
+        for (int j = 0; j < columns; j++) load(own + j * lanes, w + order[start + j] * stride, held, lanes);
+        memcpy(target, own, columns * row);
+        product(columns, start, mt + start * n, n, wrong, target, lanes, set, 1);
+        float found[LANES], z[LANES], s[TRIED][LANES], cost[TRIED][LANES];
+        searched_range(f, columns, target, v + start, found, z, lanes);
+        for (int t = 0; t < TRIED; t++) {
+            EACH_LANE s[t][l] = stored_scale(at_most(found[l] * f->factors[t], LARGEST));
+            round_group(f, columns, target, own, mt + start * n + start, n, v + start, s[t], z, levels + t * part,
+                        wrongs + t * part, cost[t], lanes, set);
+        }
+        int32_t best[LANES];
+        EACH_LANE {
+            best[l] = cost[1][l] < cost[0][l];
+            best[l] = cost[2][l] < cost[best[l]][l] ? 2 : best[l];
+            found[l] = s[best[l]][l];
+        }
+        for (int j = 0; j < columns; j++) {
+            float x[LANES], *kept = wrong + (start + j) * lanes;
+            EACH_LANE {
+                const float *x0 = levels + j * lanes + l, *w0 = wrongs + j * lanes + l;
+                x[l] = best[l] == 0 ? x0[0] : best[l] == 1 ? x0[part] : x0[2 * part];
+                kept[l] = best[l] == 0 ? w0[0] : best[l] == 1 ? w0[part] : w0[2 * part];
+            }
+            store(level + order[start + j] * stride, x, held);
+        }
+        const int64_t place = order[start] / group;
+        store(scale + place * stride, found, held);
+        store(zero + place * stride, z, held);
+    }
+    free(wrong);
+    return DONE;
+}
+
+/* ---------------------------------------------------------------------------------------- coordinate descent */
+
+/* descent.best_scale: s and pull follow in place; hx [columns, lanes] is scratch. */
+INLINE void best_scale(int columns, const float *x, float *pull, const float *h, int64_t n, float *s, float *hx,
+                       int lanes, int set) {
+    float curve[LANES], slope[LANES], away[LANES];
+    EACH_LANE curve[l] = slope[l] = 0;
+    product(columns, columns, h, n, x, hx, lanes, set, 0);
+    for (int j = 0; j < columns; j++) {
+        EACH_LANE {
+            curve[l] += x[j * lanes + l] * hx[j * lanes + l];
+            slope[l] += x[j * lanes + l] * pull[j * lanes + l];
+        }
+    }
+    EACH_LANE {
+        const int known = curve[l] > 0;
+        const float wanted = s[l] - slope[l] / (known ? curve[l] : 1.0f);
+        const float found = stored_scale(at_most(at_least(wanted, SMALLEST), LARGEST));
+        const float change = found - s[l], gain = 2 * slope[l] * change + curve[l] * (change * change);
+        const int taken = known & (gain < 0);
+        away[l] = taken ? change : 0.0f;
+        s[l] = taken ? found : s[l];
+    }
+    for (int j = 0; j < columns; j++) {
+        EACH_LANE pull[j * lanes + l] += hx[j * lanes + l] * away[l];
+    }
+}
+
+/* descent.move_codes: x and pull follow in place. h are the group's rows and columns of H, n apart. */
+INLINE void move_codes(const Format *f, int columns, float *x, float *pull, const float *h, int64_t n, const float *s,
+                       const float *z, int lanes, int set) {
+    const float most = (float)((1 << f->bits) - 1);
+    float step[LANES], low[LANES], high[LANES], moved[BLOCK * LANES];
+    EACH_LANE {
+        step[l] = 1 / s[l];
+        low[l] = -z[l];
+        high[l] = most - z[l];
+    }
+    for (int first = 0; first < columns; first += BLOCK) {
+        const int count = columns - first < BLOCK ? columns - first : BLOCK;
+        for (int i = 0; i < count; i++) {
+            const int j = first + i;
+            float pulled[LANES], *level = x + j * lanes;
+            const float inverse = 1 / h[j * n + j];
+            memcpy(pulled, pull + j * lanes, lanes * sizeof(float));
+            product(1, i, h + j * n + first, 0, moved, pulled, lanes, set, 1);
+            EACH_LANE {
+                const float best = level_of(level[l] - pulled[l] * inverse * step[l], low[l], high[l]);
+                moved[i * lanes + l] = (best - level[l]) * s[l];
+                level[l] = best;
+            }
+        }
+        product(columns, count, h + first, n, moved, pull, lanes, set, 1);
+    }
+}
+
+/* descent.descend of one tile: w, level [n, ...], scale and zero [groups, ...] have rows `stride` apart. */
+INLINE int descend_tile(const Format *f, int64_t n, const float *w, const float *h, float *level, float *scale,
+                        const float *zero, int sweeps, int64_t stride, int held, int lanes, int set) {
+    const int group = f->group;
+    const size_t part = (size_t)group * lanes;
+    float *away = malloc((n * lanes + 3 * part) * sizeof(float));
+    if (!away) return NO_MEMORY;
+    float *x = away + n * lanes, *pull = x + part, *hx = pull + part, own[LANES], s[LANES], z[LANES];
+    for (int sweep = -1; sweep < sweeps; sweep++) { /* at first what is away is but put down */
+        for (int64_t start = 0, g = 0; start < n; start += group, g++) {
+            const int columns = (int)(n - start < group ? n - start : group);
+            const float *square = h + start * n + start;
+            load(s, scale + g * stride, held, lanes);
+            load(z, zero + g * stride, held, lanes);
+            for (int l = held; l < lanes; l++) s[l] = 1;
+            for (int j = 0; j < columns; j++) load(x + j * lanes, level + (start + j) * stride, held, lanes);
+            if (sweep >= 0) {
+                product(columns, n, h + start * n, n, away, pull, lanes, set, 0);
+                best_scale(columns, x, pull, square, n, s, hx, lanes, set);
+                move_codes(f, columns, x, pull, square, n, s, z, lanes, set);
+                best_scale(columns, x, pull, square, n, s, hx, lanes, set);
+                store(scale + g * stride, s, held);
+            }
+            for (int j = 0; j < columns; j++) {
+                load(own, w + (start + j) * stride, held, lanes);
+                EACH_LANE away[(start + j) * lanes + l] = x[j * lanes + l] * s[l] - own[l];
+                if (sweep >= 0) store(level + (start + j) * stride, x + j * lanes, held);
+            }
+        }
+    }
+    free(away);
+    return DONE;
+}
+
+/* -------------------------------------------------------------------------------------------------- matrices */
+
+/* Matrices of a batch one after another in memory; `first`, `step`: which of all tiles this thread takes. */
+INLINE int feed_back(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w, const float *mt,
+                     const float *v, const int64_t *order, float *level, float *scale, float *zero, int64_t first,
+                     int64_t step, int lanes, int set) {
+    const int64_t groups = (n + f->group - 1) / f->group, tiles = (out + lanes - 1) / lanes;
+    for (int64_t unit = first; unit < experts * tiles; unit += step) {
+        const int64_t e = unit / tiles, at = unit % tiles * lanes, matrix = e * n * out + at, g = e * groups * out + at;
+        const int held = (int)(out - at < lanes ? out - at : lanes);
+        if (feed_back_tile(f, n, w + matrix, mt + e * n * n, v + e * n, order + e * n, level + matrix, scale + g,
+                           zero + g, out, held, lanes, set) != DONE)
+            return NO_MEMORY;
+    }
+    return DONE;
+}
+
+INLINE int descend(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w, const float *h,
+                   float *level, float *scale, const float *zero, int sweeps, int64_t first, int64_t step, int lanes,
+                   int set) {
+    const int64_t groups = (n + f->group - 1) / f->group, tiles = (out + lanes - 1) / lanes;
+    for (int64_t unit = first; unit < experts * tiles; unit += step) {
+        const int64_t e = unit / tiles, at = unit % tiles * lanes, matrix = e * n * out + at, g = e * groups * out + at;
+        const int held = (int)(out - at < lanes ? out - at : lanes);
+        if (descend_tile(f, n, w + matrix, h + e * n * n, level + matrix, scale + g, zero + g, sweeps, out, held, lanes,
+                         set) != DONE)
+            return NO_MEMORY;
+    }
+    return DONE;
+}
+
+/* Few outputs take narrow tiles. */
+#define BOTH(name, attribute, set)                                                                                    \
+    attribute static int feed_back_##name(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w,   \
+                                          const float *mt, const float *v, const int64_t *order, float *level,        \
+                                          float *scale, float *zero, int64_t first, int64_t step) {                   \
+        if (out > 2 * FEW_LANES)                                                                                      \
+            return feed_back(f, experts, n, out, w, mt, v, order, level, scale, zero, first, step, LANES, set);       \
+        return feed_back(f, experts, n, out, w, mt, v, order, level, scale, zero, first, step, FEW_LANES, set);       \
+    }                                                                                                                 \
+    attribute static int descend_##name(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w,     \
+                                        const float *h, float *level, float *scale, const float *zero, int sweeps,    \
+                                        int64_t first, int64_t step) {                                                \
+        if (out > 2 * FEW_LANES)                                                                                      \
+            return descend(f, experts, n, out, w, h, level, scale, zero, sweeps, first, step, LANES, set);            \
+        return descend(f, experts, n, out, w, h, level, scale, zero, sweeps, first, step, FEW_LANES, set);            \
+    }
+
+BOTH(avx2, WITH_AVX2, AVX2)
+BOTH(512, WITH_AVX512, AVX512)
+
+static int in_use = NONE;
+
+/* Chooses at most this instruction set; returns what is used: 0 (nothing here can run), 1 AVX2, 2 AVX-512. */
+int mopeq_gptq_set(int most) {
+    const int wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("avx512dq");
+    const int have = wide ? AVX512 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? AVX2 : NONE;
+    return in_use = most < have ? most : have;
+}
+
+/* w [experts, n, out], mt [experts, n, n], v and order [experts, n] -> level [experts, n, out], scale and zero [experts,
+   groups, out]. */
+int mopeq_feed_back(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w, const float *mt,
+                    const float *v, const int64_t *order, float *level, float *scale, float *zero, int64_t first,
+                    int64_t step) {
+    return in_use == AVX512 ? feed_back_512(f, experts, n, out, w, mt, v, order, level, scale, zero, first, step)
+                            : feed_back_avx2(f, experts, n, out, w, mt, v, order, level, scale, zero, first, step);
+}
+
+/* w and level [experts, n, out], h [experts, n, n], scale and zero [experts, groups, out]; level and scale in place. */
+int mopeq_descend(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w, const float *h,
+                  float *level, float *scale, const float *zero, int sweeps, int64_t first, int64_t step) {
+    return in_use == AVX512 ? descend_512(f, experts, n, out, w, h, level, scale, zero, sweeps, first, step)
+                            : descend_avx2(f, experts, n, out, w, h, level, scale, zero, sweeps, first, step);
+}
