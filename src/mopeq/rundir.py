@@ -59,8 +59,8 @@ class Kept:
             raise BadInput(f"{path} cannot be read: {problem}", REMAKE) from None
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether items of that many bytes leave most of the disk free; they are a convenience."""
-        return self.folder is not None and free_bytes(self.folder) > 4 * nbytes
+        """Whether that many bytes are free where items are kept; they are a convenience."""
+        return self.folder is not None and free_bytes(self.folder) > nbytes
 
     def drop(self, but: str = "") -> None:
         """Remove all items, or all but those whose names begin with `but`."""

@@ -712,7 +712,7 @@ def quantize_layers(
 
 
 def take_from_sensing(job: Job, kept: Kept, map_: PrecisionMap, files: Mapping[int, Path]) -> None:
-    """Write the layers that the quantizer made when they were sensed in memory: it need not make them again."""
+    """Write the layers that the quantizer made when they were sensed: it need not make them again."""
     from mopeq.assemble import write_layer
     from mopeq.sense.quadratic import chosen_candidates
 

@@ -227,13 +227,16 @@ def test_progress_stays_on_stderr(tmp_path: Path) -> None:
     assert people.code == 0 and "is whole" in people.out
 
 
+@pytest.mark.parametrize("walked", [False, True])
 @pytest.mark.parametrize(("sensor", "method"), [("fisher", "gptq"), ("error", "signround")])
 def test_what_sensing_quantized_is_taken_over(
-    sensor: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sensor: str, method: str, walked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Made once, in sensing, unless the disk has no room for it; the bytes and the notes are the same."""
     passes: list[int] = []
-    monkeypatch.setattr("mopeq.sense.moments.collect", counting(moments.collect, passes))
+    monkeypatch.setattr("mopeq.sense.moments.gather", counting(moments.gather, passes))
+    if walked:
+        monkeypatch.setattr("mopeq.stages.runs_whole", lambda job: False)
     text = tiny.write_text(tmp_path / "calib.txt")
     asked = {"avg_bits": 2.6, "sensitivity": sensor, "method": method, "calib": (text,), "calib_tokens": 16}
     with silence():

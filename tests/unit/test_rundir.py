@@ -199,7 +199,7 @@ def test_nothing_is_kept_without_a_folder() -> None:
 
 def test_room_for_items(tmp_path: Path) -> None:
     kept = Kept(tmp_path)
-    assert kept.has_room(1) and not kept.has_room(free_bytes(tmp_path) // 3)
+    assert kept.has_room(1) and not kept.has_room(2 * free_bytes(tmp_path))
 
 
 def test_checks_that_went_well_are_remembered(tmp_path: Path) -> None:

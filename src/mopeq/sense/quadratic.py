@@ -401,7 +401,8 @@ def candidates(
         return {}
     quantize = pick(QUANTIZERS, scene.quantizer, "quantization method")
     needs_data = QUANTIZERS[scene.quantizer].needs_data
-    made = kept_candidates(scene, pairs) if walking.whole else {}
+    keeps = walking.whole or needs_data  # others cost a walk less than writing and reading them
+    made = kept_candidates(scene, pairs) if keeps else {}
     kept = [layer for layer, _ in pairs if (layer.layer, layer.projections[0]) in made]
     tick(candidate_weights(scene, kept))
     pairs = [(layer, module) for layer, module in pairs if layer not in kept]
@@ -423,19 +424,24 @@ def candidates(
                     found.append(quantize(w, fmt, moments=told.get("down" if p == "down" else "up"), seed=scene.seed))
                     tick(w.numel())
         made |= {(layer.layer, p): [QWeight.join(found) for found in each] for p, each in parts.items()}
-        if walking.whole and scene.kept.has_room(len(scene.formats) * layer.params):
+        facts = {} if seen is None else {"tokens": seen.tokens_E.numpy(), "finite": np.array(seen.finite)}
+        del seen  # before what is kept is packed
+        if keeps and scene.kept.has_room(2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)):
             packed = {
                 (p, f): made[layer.layer, p][f].pack() for p in layer.projections for f in range(len(scene.formats))
             }
             arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in packed.items() for k, t in part.items()}
-            if seen is not None:
-                arrays |= {"tokens": seen.tokens_E.numpy(), "finite": np.array(seen.finite)}
-            scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays)
+            scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays | facts)
     return made
 
 
+def candidate_bytes(scene: Scene, layer: MoELayer) -> int:
+    """A layer's candidates as they are kept: packed."""
+    return layer.experts * sum(fmt.nbytes(*shape) for fmt in scene.formats for shape in layer.shapes.values())
+
+
 def kept_candidates(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> dict[tuple[int, str], list[QWeight]]:
-    """Those that an earlier run made: the dearest part of sensing a model in memory."""
+    """Those that an earlier run made: the dearest part of sensing."""
     made: dict[tuple[int, str], list[QWeight]] = {}
     for layer, module in pairs:
         kept = scene.kept.load(f"{CANDIDATES}{layer.layer}")
@@ -453,7 +459,7 @@ def kept_candidates(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> dict
 def chosen_candidates(
     kept: Kept, layer: MoELayer, map_: PrecisionMap, formats: Sequence[Format]
 ) -> tuple[dict[LinearId, dict[str, Tensor]], np.ndarray] | None:
-    """What the quantizer made of a layer when it was sensed in memory: of each matrix the tensors of the map's format,
+    """What the quantizer made of a layer when it was sensed: of each matrix the tensors of the map's format,
     and the tokens that reached each expert [E]. None where that is not kept, or was made of overflowing data."""
     found = kept.load(f"{CANDIDATES}{layer.layer}")
     if found is None or not found["finite"]:
