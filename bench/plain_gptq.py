@@ -25,16 +25,17 @@ def solve(w_ENC: Tensor, fmt: Format, moments_ECC: Tensor) -> QWeight:
     n, size = w.shape[1], fmt.group_size
     ranges = [searched_range(w[:, g], torch.ones_like(w[:, g, 0]), fmt) for g in slices(n, size)]
     scale, zero = (torch.stack([r[i] for r in ranges], 1) for i in (0, 1))
-    _, m, v, order = factored(moments_ECC, size)
+    found = factored(moments_ECC, size)
+    mt, v, order = found.mt, found.v, found.order
     wo = take(w, order)
     wrong, level = torch.zeros_like(wo), torch.empty_like(wo)
     for part in slices(n, size):
         target = wo[:, part]
         if part.start:
-            target = torch.baddbmm(target, m[:, : part.start, part].mT, wrong[:, : part.start])
+            target = torch.baddbmm(target, mt[:, part, : part.start], wrong[:, : part.start])
         place = (order[:, part.start] // size)[:, None, None].expand(-1, 1, w.shape[-1])
         s, z = scale.gather(1, place), zero.gather(1, place)
-        round_group(target, wo[:, part], m[:, part, part], v[:, part], s, z, fmt, level[:, part], wrong[:, part])
+        round_group(target, wo[:, part], mt[:, part, part], v[:, part], s, z, fmt, level[:, part], wrong[:, part])
     level = torch.empty_like(level).scatter_(1, order[..., None].expand_as(level), level)
     codes = (level + spread(zero, size, n)).to(torch.uint8)
     zeros = None if fmt.scheme == "s" else zero.mT.contiguous().to(torch.uint8)

@@ -138,28 +138,26 @@ class Taker:
         return plain_forward(module, x_TH, index_TK, weight_TK, see)
 
 
-def moved(q: QWeight, w_NC: Tensor, x_SC: Tensor) -> Tensor:
-    """dW x [S, out] of one candidate."""
-    return x_SC @ (q.dequantize() - w_NC.float()).T
+def moved(candidates: list[QWeight], w_NC: Tensor, x_SC: Tensor) -> Tensor:
+    """dW x [S, F, out] of all candidates, by one product."""
+    away_FNC = torch.stack([q.dequantize() for q in candidates]).sub_(w_NC.float())
+    return (x_SC @ away_FNC.flatten(0, 1).T).unflatten(1, away_FNC.shape[:2])
 
 
 def output_errors(candidates: list[QWeight], w_NC: Tensor, x_SC: Tensor, weight_S: Tensor) -> Tensor:
     """sum_t weight_t^2 |dW x_t|^2 of each candidate [F], in float64."""
-    terms = [(moved(q, w_NC, x_SC).square().sum(-1) * weight_S**2).double().sum() for q in candidates]
-    return torch.stack(terms)
+    error_SF = moved(candidates, w_NC, x_SC).square_().sum(-1)
+    return (error_SF * weight_S[:, None] ** 2).double().sum(0)
 
 
 def loss_increases(
     candidates: list[QWeight], w_NC: Tensor, x_SC: Tensor, row_S: Tensor | None, rows: int, g_SN: Tensor
 ) -> Tensor:
     """1/2 sum (g^T dW x)^2 of each candidate [F], in float64: over tokens, or over the sums of rows where given."""
-    terms = []
-    for q in candidates:
-        along_S = (moved(q, w_NC, x_SC) * g_SN).sum(-1).double()
-        if row_S is not None:
-            along_S = along_S.new_zeros(rows).index_add_(0, row_S, along_S)
-        terms.append(0.5 * along_S.square().sum())
-    return torch.stack(terms)
+    along_SF = moved(candidates, w_NC, x_SC).mul_(g_SN[:, None]).sum(-1).double()
+    if row_S is not None:
+        along_SF = along_SF.new_zeros(rows, along_SF.shape[1]).index_add_(0, row_S, along_SF)
+    return 0.5 * along_SF.square().sum(0)
 
 
 def add_taken(found_F: Tensor, take: Callable[[Tensor], Tensor], keep_S: Tensor, g_SN: Tensor) -> None:
@@ -423,7 +421,8 @@ def candidates(
                 for found, fmt in zip(parts[p], scene.formats, strict=True):
                     found.append(quantize(w, fmt, moments=told.get("down" if p == "down" else "up"), seed=scene.seed))
                     tick(w.numel())
-        made |= {(layer.layer, p): [QWeight.join(found) for found in each] for p, each in parts.items()}
+        for p, each in parts.items():  # each let go as soon as it is joined: all are a byte a weight and format
+            made[layer.layer, p] = [QWeight.join(each.pop(0)) for _ in scene.formats]
         facts = {} if seen is None else {"tokens": seen.tokens_E.numpy(), "finite": np.array(seen.finite)}
         del seen  # before what is kept is packed
         if keeps and scene.kept.has_room(2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)):
