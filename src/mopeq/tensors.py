@@ -122,6 +122,18 @@ class QWeight:
         )
 
     @classmethod
+    def empty(cls, experts: int, out: int, n: int, fmt: Format, device: torch.device) -> QWeight:
+        """Room for a batch of matrices, to be filled a few at a time."""
+        codes = torch.empty(experts, out, n, dtype=torch.uint8, device=device)
+        scales = torch.empty(experts, out, fmt.groups(n), dtype=torch.float16, device=device)
+        return cls(codes, scales, None if fmt.scheme == "s" else torch.empty_like(scales, dtype=torch.uint8), fmt)
+
+    def __setitem__(self, some: slice, q: QWeight) -> None:
+        self.codes[some], self.scales[some] = q.codes, q.scales
+        if self.zeros is not None and q.zeros is not None:
+            self.zeros[some] = q.zeros
+
+    @classmethod
     def join(cls, parts: list[QWeight]) -> QWeight:
         """Batches of matrices of one format put together."""
         zeros = None if parts[0].zeros is None else torch.cat([q.zeros for q in parts if q.zeros is not None])

@@ -413,16 +413,16 @@ def candidates(
         if seen is not None:
             seen.fill_starved()
         matrices = weights(module)
-        parts: dict[str, list[list[QWeight]]] = {p: [[] for _ in scene.formats] for p in matrices}
+        for p, w_ENC in matrices.items():  # room for all at once: parts that stay among others that go leave holes
+            shape = (layer.experts, *layer.shapes[p])
+            made[layer.layer, p] = [QWeight.empty(*shape, fmt, w_ENC.device) for fmt in scene.formats]
         for b in slices(layer.experts, max(1, CHUNK // max(w[0].numel() for w in matrices.values()))):
             told = {} if seen is None else {"up": Inputs(seen.x[b]), "down": Inputs(seen.h[b])}
             for p, w_ENC in matrices.items():
-                w = w_ENC[b].float()
-                for found, fmt in zip(parts[p], scene.formats, strict=True):
-                    found.append(quantize(w, fmt, moments=told.get("down" if p == "down" else "up"), seed=scene.seed))
+                w, inputs = w_ENC[b].float(), told.get("down" if p == "down" else "up")
+                for found in made[layer.layer, p]:
+                    found[b] = quantize(w, found.format, moments=inputs, seed=scene.seed)
                     tick(w.numel())
-        for p, each in parts.items():  # each let go as soon as it is joined: all are a byte a weight and format
-            made[layer.layer, p] = [QWeight.join(each.pop(0)) for _ in scene.formats]
         facts = {} if seen is None else {"tokens": seen.tokens_E.numpy(), "finite": np.array(seen.finite)}
         del seen  # before what is kept is packed
         if keeps and scene.kept.has_room(2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)):
