@@ -35,7 +35,7 @@ from mopeq.rundir import CANDIDATES, Kept
 from mopeq.seam import Seen, plain_forward, watch, weights
 from mopeq.sense.frequency import Counts, token_facts
 from mopeq.sense.labels import predicting, sampled_loss, skip_draws
-from mopeq.sense.moments import Adding
+from mopeq.sense.moments import Adding, Moments
 from mopeq.sense.scene import Scene, shows, walk
 from mopeq.tables import pick
 from mopeq.tensors import QWeight
@@ -200,9 +200,12 @@ def take_in_memory(taker: Taker) -> int:
     kept = next(n for n in range(len(scene.batches) + 1) if n not in taker.counted)  # without a gap
     if (used := settled_after(taker, kept)) is not None:
         return used
-    work = candidate_weights(scene, [layer for layer, _ in visit.layers])
-    with progress("sense: candidates", work, "weights") as p:
-        taker.candidates = candidates(scene, walking, visit, visit.layers, p.step)
+    seen: dict[int, Moments] = {}
+    if unseen := to_rehearse(scene, visit.layers):
+        with progress("sense: moments", len(scene.batches), "batches") as p:
+            seen = rehearsed(scene, walking, visit, unseen, p.step)
+    with progress("sense: candidates", candidate_weights(scene, [layer for layer, _ in visit.layers]), "weights") as p:
+        taker.candidates = candidates(scene, walking, visit.layers, seen, p.step)
     taker.done = set(taker.counted)  # from here on: moments were of all batches
     with progress(f"sense: {taker.kind}", len(scene.batches), "batches") as p, watch(walking.model, taker):
         for number, _ in enumerate(visit.each()):
@@ -232,7 +235,8 @@ def take_walking(taker: Taker) -> int:
             taker.layer_of = {id(module): layer for layer, module in todo}
             work = 2 * candidate_weights(scene, [layer for layer, _ in todo])  # candidates count as half of a layer
             tick = partial(part_of, p, len(todo) / work if work else 0)
-            taker.candidates = candidates(scene, walking, visit, todo, tick)
+            seen = rehearsed(scene, walking, visit, to_rehearse(scene, todo))
+            taker.candidates = candidates(scene, walking, todo, seen, tick)
             with watch(walking.model, taker):
                 for _ in visit.each():
                     taker.count_batch()
@@ -311,10 +315,12 @@ def share(scene: Scene, kind: str, layers: Sequence[int], batches: Sequence[int]
         taker = Taker(kind, scene, walking)
         visit = next(visits_of(taker))
         if layers:
-            candidates(scene, walking, visit, [pair for pair in visit.layers if pair[0].layer in layers])
+            mine = [pair for pair in visit.layers if pair[0].layer in layers]
+            candidates(scene, walking, mine, rehearsed(scene, walking, visit, to_rehearse(scene, mine)))
         if batches:
             taker.layer_of = {id(module): layer for layer, module in visit.layers}
-            taker.candidates = candidates(scene, walking, visit, visit.layers)
+            seen = rehearsed(scene, walking, visit, to_rehearse(scene, visit.layers))
+            taker.candidates = candidates(scene, walking, visit.layers, seen)
             taker.done = set(range(len(scene.batches))) - set(batches)
             with watch(walking.model, taker):
                 for number, _ in enumerate(visit.each()):
@@ -384,53 +390,80 @@ def summed(scene: Scene, values: Sequence[np.ndarray], which: Sequence[int]) -> 
     return list(sums.values())
 
 
-def candidates(
+def to_rehearse(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> list[tuple[MoELayer, Any]]:
+    """Those of some layers whose quantizer must have seen the data, and has not quantized them yet."""
+    if not QUANTIZERS[scene.quantizer].needs_data:
+        return []
+    return [(layer, module) for layer, module in pairs if not scene.kept.has(f"{CANDIDATES}{layer.layer}")]
+
+
+def rehearsed(
     scene: Scene,
     walking: Walk,
     visit: Visit,
     pairs: Sequence[tuple[MoELayer, Any]],
+    step: Callable[[], None] = lambda: None,
+) -> dict[int, Moments]:
+    """The moments of layers of a visit, by layer number; `step` is told of each batch."""
+    adding = Adding(walking, scene.batches, pairs)
+    if pairs:
+        with watch(walking.model, adding):
+            for _ in visit.rehearse():
+                step()
+    return {layer.layer: adding.found.pop(id(module)) for layer, module in pairs}
+
+
+def candidates(
+    scene: Scene,
+    walking: Walk,
+    pairs: Sequence[tuple[MoELayer, Any]],
+    seen: dict[int, Moments],
     tick: Callable[[float], None] = lambda weights: None,
 ) -> dict[tuple[int, str], list[QWeight]]:
-    """What the real quantizer makes of each layer of a visit: {(layer, projection): one QWeight [E, …] a format}.
+    """What the real quantizer makes of some layers: {(layer, projection): one QWeight [E, …] a format}.
 
-    `tick` is told how many weights have been quantized, each format's counted.
+    `seen` are moments, let go one by one; `tick` is told how many weights have been quantized, each format's counted.
     """
-    if not pairs:
-        return {}
-    quantize = pick(QUANTIZERS, scene.quantizer, "quantization method")
-    needs_data = QUANTIZERS[scene.quantizer].needs_data
-    keeps = walking.whole or needs_data  # others cost a walk less than writing and reading them
+    keeps = walking.whole or QUANTIZERS[scene.quantizer].needs_data  # others cost a walk less than writing and reading
     made = kept_candidates(scene, pairs) if keeps else {}
-    kept = [layer for layer, _ in pairs if (layer.layer, layer.projections[0]) in made]
-    tick(candidate_weights(scene, kept))
-    pairs = [(layer, module) for layer, module in pairs if layer not in kept]
-    adding = Adding(walking, scene.batches, pairs if needs_data else ())
-    if adding.found:
-        with watch(walking.model, adding):
-            visit.rehearse()
     for layer, module in pairs:
-        seen = adding.found.pop(id(module), None)
-        if seen is not None:
-            seen.fill_starved()
-        matrices = weights(module)
-        for p, w_ENC in matrices.items():  # room for all at once: parts that stay among others that go leave holes
-            shape = (layer.experts, *layer.shapes[p])
-            made[layer.layer, p] = [QWeight.empty(*shape, fmt, w_ENC.device) for fmt in scene.formats]
-        for b in slices(layer.experts, max(1, CHUNK // max(w[0].numel() for w in matrices.values()))):
-            told = {} if seen is None else {"up": Inputs(seen.x[b]), "down": Inputs(seen.h[b])}
-            for p, w_ENC in matrices.items():
-                w, inputs = w_ENC[b].float(), told.get("down" if p == "down" else "up")
-                for found in made[layer.layer, p]:
-                    found[b] = quantize(w, found.format, moments=inputs, seed=scene.seed)
-                    tick(w.numel())
-        facts = {} if seen is None else {"tokens": seen.tokens_E.numpy(), "finite": np.array(seen.finite)}
-        del seen  # before what is kept is packed
+        if (layer.layer, layer.projections[0]) in made:
+            tick(candidate_weights(scene, [layer]))
+            continue
+        moments = seen.pop(layer.layer, None)
+        if moments is not None:
+            moments.fill_starved()
+        found = every_way(scene, layer, weights(module), moments, tick)
+        made |= {(layer.layer, p): ways for p, ways in found.items()}
+        facts = {} if moments is None else {"tokens": moments.tokens_E.numpy(), "finite": np.array(moments.finite)}
+        del moments  # before what is kept is packed
         if keeps and scene.kept.has_room(2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)):
-            packed = {
-                (p, f): made[layer.layer, p][f].pack() for p in layer.projections for f in range(len(scene.formats))
-            }
+            packed = {(p, f): q.pack() for p, ways in found.items() for f, q in enumerate(ways)}
             arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in packed.items() for k, t in part.items()}
             scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays | facts)
+    return made
+
+
+def every_way(
+    scene: Scene,
+    layer: MoELayer,
+    matrices: Mapping[str, Tensor],
+    moments: Moments | None,
+    tick: Callable[[float], None],
+) -> dict[str, list[QWeight]]:
+    """A layer's matrices in every format, a few experts at a time: {projection: one QWeight [E, …] a format}."""
+    quantize = pick(QUANTIZERS, scene.quantizer, "quantization method")
+    made: dict[str, list[QWeight]] = {}
+    for p, w_ENC in matrices.items():  # room for all at once: parts that stay among others that go leave holes
+        shape = (layer.experts, *layer.shapes[p])
+        made[p] = [QWeight.empty(*shape, fmt, w_ENC.device) for fmt in scene.formats]
+    for b in slices(layer.experts, max(1, CHUNK // max(w[0].numel() for w in matrices.values()))):
+        inputs = {} if moments is None else {"up": Inputs(moments.x[b]), "down": Inputs(moments.h[b])}
+        for p, w_ENC in matrices.items():
+            w, own = w_ENC[b].float(), inputs.get("down" if p == "down" else "up")
+            for found in made[p]:
+                found[b] = quantize(w, found.format, moments=own, seed=scene.seed)
+                tick(w.numel())
     return made
 
 

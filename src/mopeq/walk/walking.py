@@ -122,14 +122,14 @@ class Visit:
     does so one after another, as it is iterated.
 
     `layers`: its MoE layers and their experts modules; `backward`: gradients flow (outputs of those modules are
-    differentiable, and their hooks run). `rehearse()` takes the batches through without any effect, before `run`, for
-    those who must have seen a layer's inputs first.
+    differentiable, and their hooks run). `rehearse()` takes the batches through without any effect, before `run` and
+    as it is iterated, for those who must have seen a layer's inputs first.
     """
 
     layers: tuple[tuple[MoELayer, Any], ...]
     backward: bool
     each: Callable[[], Iterator[None]]
-    rehearse: Callable[[], None]
+    rehearse: Callable[[], Iterator[None]]
 
     def run(self) -> None:
         for _ in self.each():
@@ -298,11 +298,12 @@ class Walk:
                     loss.backward()
                 yield
 
-        def rehearse() -> None:
+        def rehearse() -> Iterator[None]:
             for number, one in enumerate(runs):
                 self.now = number
                 with torch.no_grad():
                     one()
+                yield
 
         return Visit(tuple(pair for part in self.parts.parts for pair in part.layers), backward, each, rehearse)
 
@@ -313,10 +314,11 @@ class Walk:
             records.pop().backward()
             yield
 
-    def rehearse(self, waiting: Sequence[Job | Record]) -> None:
+    def rehearse(self, waiting: Sequence[Job | Record]) -> Iterator[None]:
         for one in waiting:
             self.now = one.number
             one.rehearse()
+            yield
 
     def onward(
         self, runs: Sequence[Run], trail: list[tuple[Part, list[Record]]] | None
