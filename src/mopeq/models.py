@@ -13,6 +13,7 @@ import torch
 from mopeq.checkpoint import open_checkpoint, read_json
 from mopeq.errors import BadInput, MopeqError, first_line
 from mopeq.nouns import PackedTensor, TensorInfo
+from mopeq.seam import spare_odd_widths
 from mopeq.sources import KINDS, quantization_of, unpacked
 from mopeq.stream import read_tensor
 
@@ -154,6 +155,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | N
                 f"{folder}: {len(keys)} tensors are {kind.split('_')[0]}, {sorted(map(str, keys))[0]} the first",
                 "the checkpoint does not fit the model its config describes",
             )
+    spare_odd_widths(model)
     if tensors and (folder / "generation_config.json").exists():
         from transformers import GenerationConfig
 

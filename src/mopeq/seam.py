@@ -24,6 +24,7 @@ from mopeq.nouns import MoELayer, MoESpec
 from mopeq.tables import pick
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+GROUPED_BYTES = 16  # torch's grouped product wants every row of its matrices to be a multiple of this
 
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -165,6 +166,16 @@ def match_names(prefixes: list[str], names: list[str]) -> dict[str, str]:
             "does config.json ask for more layers than the weights hold? else please report this model",
         )
     return matched
+
+
+def spare_odd_widths(model: Any) -> None:
+    """Have experts computed one by one where torch's grouped product, transformers' default, takes no rows of such a
+    width."""
+    for module in model.modules():
+        if is_experts(module):
+            sizes = [side * w.element_size() for w in module.parameters() if w.ndim == 3 for side in w.shape[1:]]
+            if any(size % GROUPED_BYTES for size in sizes):
+                module.config._experts_implementation = "eager"
 
 
 def twins(model: Any) -> dict[str, str]:

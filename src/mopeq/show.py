@@ -9,6 +9,8 @@ from rich.table import Table
 
 from mopeq.nouns import size_text
 
+WIDEST = 1000  # of a table: rich would cut figures short to fit the terminal, or 80 columns where there is none
+
 
 def table(*columns: str) -> Table:
     t = Table(box=None, pad_edge=False, show_header=any(columns))
@@ -18,7 +20,7 @@ def table(*columns: str) -> Table:
 
 
 def out(*things: Any) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=WIDEST)
     for thing in things:
         console.print(thing)
 

@@ -70,13 +70,17 @@ def tune_scales(
 ) -> Tuned:
     """Tune the scales of `quantized` for one pass over the data.
 
-    `model` is the original in memory, and is left as it was. `step(1)` is called after each batch.
+    `model` is the original in memory, and is left as it was. `step(1)` is called after each batch. Layers that it does
+    not build keep their scales.
     """
     model.requires_grad_(False)
     modules = {layer.layer: module for layer, module in model_layers(spec, model)}
     originals = [[p.detach().clone() for p in stored(module)] for module in modules.values()]
     pieces: dict[Place, list[Piece]] = {}
+    absent = {place: parts for place, parts in quantized.items() if place[0] not in modules}  # multi-token prediction
     for place, parts in quantized.items():
+        if place in absent:
+            continue
         device = weights(modules[place[0]])[place[1]].device
         for members, q in parts:
             on_device = QWeight(
@@ -127,7 +131,7 @@ def tune_scales(
                 for piece in pieces.get(place, ()):
                     piece.take(gradient)
             optimizer.step()
-    tuned = {place: [(piece.members, piece.result()) for piece in parts] for place, parts in pieces.items()}
+    tuned = absent | {place: [(piece.members, piece.result()) for piece in parts] for place, parts in pieces.items()}
     after = held_back(lambda piece: piece.result().dequantize())
     put_originals()
     return Tuned(tuned, before, after)

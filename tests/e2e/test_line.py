@@ -106,6 +106,16 @@ def text() -> Path:
     return tiny.write_text(room() / "text.txt", lines=3)
 
 
+def test_widths_that_torch_s_grouped_product_does_not_take(tmp_path: Path) -> None:
+    """It wants rows of whole 16 bytes; the original is then computed expert by expert."""
+    folder = tiny.write(tmp_path / "source", "olmoe", intermediate_size=17)
+    text = tiny.write_text(tmp_path / "text.txt", lines=1)
+    options = ("--method", "rtn", "--sensitivity", "hessian", "--tune", "scales", "--calib-tokens", "256")
+    result("quantize", folder, "-o", tmp_path / "out", "--calib", text, *options)
+    found = result("eval", tmp_path / "out", "--against", folder, "--data", text, "--limit", "1")
+    assert found["kl"] > 0
+
+
 def test_wider_is_nearer_to_the_original(tmp_path: Path) -> None:
     """KL falls with the width, and a model is at no distance from itself."""
     folder, found = source("olmoe"), []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import made
+import packed_sources
 import pytest
 import tiny
 
@@ -29,6 +30,23 @@ def test_the_line_with_tuned_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with silence():
         stages.quantize(made.source("olmoe"), tmp_path / "again", tune="scales", **asked)
     assert made.digests(tmp_path / "again") == other
+
+
+def test_a_layer_that_the_model_does_not_build_is_left(tmp_path: Path) -> None:
+    """One for multi-token prediction: packed, and nothing to tune it by."""
+    folder = packed_sources.write_all(tmp_path / "v3", packed_sources.deepseek_v3(tmp_path / "v3"), None)
+    text = tiny.write_text(tmp_path / "calib.txt", lines=1)
+    with silence():
+        facts = stages.quantize(
+            folder,
+            tmp_path / "out",
+            tune="scales",
+            sensitivity="hessian",
+            method="rtn",
+            calib=(text,),
+            calib_tokens=256,
+        )
+    assert facts["read_back"] < 1e-4 and any(note.startswith("scales tuned") for note in facts["notes"])
 
 
 def test_scales_that_do_no_better_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from mopeq.cli import run_command
 from mopeq.errors import BadInput
+from mopeq.show import out, table
 from mopeq.verbs import bench
 from mopeq.verbs.layers import SHAPES, Shape, bytes_touched, random_experts, random_routing
 
@@ -45,17 +46,25 @@ def test_rows_of_random_layers(capsys: Any, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_generates_and_its_layer_is_measured(capsys: Any) -> None:
-    out, made_of = made.packed("olmoe")
-    assert run_command(["bench", str(out), "--tokens", "3", "--new-tokens", "6", "--device", "cpu"], False) == 0
+    folder, made_of = made.packed("olmoe")
+    assert run_command(["bench", str(folder), "--tokens", "3", "--new-tokens", "6", "--device", "cpu"], False) == 0
     shown = capsys.readouterr().out
     assert "tokens/s" in shown and "× bf16" in shown
-    result = bench.bench(out, tokens="3", new_tokens=6, device="cpu", against=str(made.source("olmoe")))
+    result = bench.bench(folder, tokens="3", new_tokens=6, device="cpu", against=str(made.source("olmoe")))
     packed, original = result["generation"]
     assert packed["tokens_per_s"] > 0 and packed["peak_bytes"] > packed["weight_bytes"] > 0
     assert packed["weight_bytes"] < original["weight_bytes"]
     assert made_of["bytes_weights"] <= packed["weight_bytes"]
     [row] = result["layers"]
-    assert row["name"] == out.name and row["flop"] == 2 * 3 * 2 * 3 * 64 * 40
+    assert row["name"] == folder.name and row["flop"] == 2 * 3 * 2 * 3 * 64 * 40
+
+
+def test_a_long_name_cuts_no_figure_short(capsys: Any) -> None:
+    t = table("one layer", "tokens", "µs")
+    t.columns[0].no_wrap = True
+    t.add_row("a" * 70, "64", "12,345.6")
+    out(t)
+    assert "12,345.6" in capsys.readouterr().out
 
 
 def test_one_token_never_meets_the_same_expert_twice() -> None:
