@@ -160,6 +160,31 @@ def test_a_model_without_its_head_is_saved_with_it(tmp_path: Path) -> None:
     assert not (tmp_path / "other" / "mopeq_manifest.json").exists()
 
 
+@pytest.mark.parametrize("name", MADE)
+def test_a_state_dict_is_taken_back(name: str, tmp_path: Path) -> None:
+    model, other = (load_model(make(name), torch.float32, "cpu") for _ in range(2))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    assert not torch.equal(logits(other), logits(model))
+    for taken in (copying.deepcopy(other), other):
+        assert not any(taken.load_state_dict(state))
+        assert torch.equal(logits(taken), logits(model))
+
+
+def test_a_state_dict_of_other_widths_is_refused() -> None:
+    state = load_model(packed("olmoe", avg_bits=4)[0], torch.float32, "cpu").state_dict()
+    model = load_model(packed("olmoe", avg_bits=2)[0], torch.float32, "cpu")
+    before = logits(model)
+    with pytest.raises(RuntimeError, match="gate: qweight came as"):
+        model.load_state_dict(state)
+    some = {name: tensor for name, tensor in state.items() if not name.endswith("0.mlp.experts.1.up_proj.scales")}
+    with pytest.raises(RuntimeError, match="Missing key.*0.mlp.experts.1.up_proj.scales"):
+        model.load_state_dict(some)
+    assert torch.equal(logits(model), before)
+
+
 def test_what_save_pretrained_refuses(tmp_path: Path) -> None:
     out = copy(make("olmoe"), tmp_path / "out")
     model, before = load_model(out, torch.bfloat16, "cpu"), digests(out)

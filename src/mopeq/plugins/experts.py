@@ -228,6 +228,20 @@ class QuantizedExperts(Numbered):
     def compute_apart(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         return self.compute(x_TH, index_TK, weight_TK)
 
+    def packed_names(self) -> list[str]:
+        return [
+            f"{e}.{p}_proj.{suffix}"
+            for p in self.projections
+            if self.filled
+            for fmt, rows in self._tiers[p]
+            for e in rows
+            for suffix in (*fmt.shapes(*self.shapes[p]), *(["bias"] if self.bias_of(p) is not None else []))
+        ]
+
+    def take_back(self, read: Callable[[str], Tensor]) -> None:
+        self.use_tiers()
+        self.fill(read)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A filled module gives its tensors under their on-disk names, so `save_pretrained` writes what was read."""
         super()._save_to_state_dict(destination, prefix, keep_vars)

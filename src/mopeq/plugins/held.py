@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -52,7 +53,8 @@ _numbers = count()
 
 
 class Numbered(nn.Module):
-    """A module that a custom operator can name: operators take tensors and numbers, and no modules."""
+    """A module that a custom operator can name (operators take tensors and numbers, and no modules), and whose
+    `state_dict` has packed tensors under their names on disk."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,6 +63,29 @@ class Numbered(nn.Module):
     def enlist(self) -> None:
         self.number = next(_numbers)
         _live[self.number] = self
+
+    def packed_names(self) -> list[str]:
+        """What of a `state_dict` is packed; nothing before the module is filled."""
+        raise NotImplementedError
+
+    def take_back(self, read: Callable[[str], Tensor]) -> None:
+        """Fill the module anew with `read(name)` of each of `packed_names`."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """torch's, for whom the packed tensors are no parameters."""
+        names = self.packed_names()
+        here = {prefix + name for name in names} & state_dict.keys()
+        rest = {name: value for name, value in state_dict.items() if name not in here}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        missing += [prefix + name for name in names if prefix + name not in here]
+        if here and len(here) == len(names):
+            try:
+                self.take_back(lambda name: state_dict[prefix + name])
+            except MopeqError as problem:
+                errors.append(f"{prefix}{problem.line}")
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)

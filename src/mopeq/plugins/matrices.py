@@ -3,6 +3,7 @@ and an output head that shares its matrix with one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +110,19 @@ class PackedMatrix(Numbered):
         from mopeq.kernels import linear
 
         return linear(self, x)
+
+    def packed_names(self) -> list[str]:
+        return list(self.format.shapes(self.out_features, self.in_features)) if self.sealed else []
+
+    def take_back(self, read: Callable[[str], Tensor]) -> None:
+        place = next(t for name, t in self._buffers.items() if name != "like_" and t is not None).device
+        values = {name: read(name) for name in self.packed_names()}
+        for suffix, (kind, shape) in self.format.shapes(self.out_features, self.in_features).items():
+            check_stored(values[suffix], kind, shape, suffix)
+        self._buffers.pop("arena_data", None)
+        for suffix, value in values.items():
+            held = as_bits(value) if suffix == "scales" else value
+            self.register_buffer(f"{suffix}_", held.detach().to(place, copy=True), persistent=False)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
