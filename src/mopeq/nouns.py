@@ -414,6 +414,12 @@ class PrecisionMap:
             palette = [Format.parse(name) for name in body["formats"]]
             prefixes = {int(layer): str(prefix) for layer, prefix in body["layers"].items()}
             numbers = {prefix: layer for layer, prefix in prefixes.items()}
+            if stray := [prefix for prefix in body["experts"] if prefix not in numbers]:
+                raise BadInput(f"its experts of {stray[0]} stand under no layer", hint)
+            digits = set(BASE36[: len(palette)])
+            used = {digit for rows in body["experts"].values() for row in rows.values() for digit in row}
+            if odd := sorted(used - digits):
+                raise BadInput(f"its digit {odd[0]!r} stands for none of its {len(palette)} formats", hint)
             formats = {
                 LinearId(numbers[prefix], e, projection): palette[BASE36.index(digit)]
                 for prefix, rows in body["experts"].items()

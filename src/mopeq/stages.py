@@ -804,6 +804,8 @@ def quantize_projection(
     job: Job, map_: PrecisionMap, layer: int, projection: str, w_ENC: Any, moments: Any
 ) -> dict[LinearId, dict[str, Any]]:
     """One projection of a layer's experts, those of a format together."""
+    from mopeq.stream import naming
+
     method = pick(QUANTIZERS, job.options.method, "quantization method")
     by_format = members_by_format(map_, job.spec.layer(layer), projection)
     packed: dict[LinearId, dict[str, Any]] = {}
@@ -814,12 +816,8 @@ def quantize_projection(
         g = moments.gradients[projection][members] if moments is not None and moments.gradients else None
         w = w_ENC[members].float()
         w = w if m is None else w.to(m.device)
-        try:
+        with naming(job.spec.layer(layer), projection, members, w):
             made = method(w, fmt, moments=m, gradients=g, seed=job.options.seed)
-        except BadInput as problem:  # a range too wide: the largest weight is in the matrix to name
-            widest = members[int(w.abs().flatten(1).amax(1).argmax())]
-            name = f"{job.spec.layer(layer).prefix}.{widest}.{projection}_proj"
-            raise BadInput(f"{name}: {problem.line}", problem.hint) from None
         packed |= by_expert(layer, projection, members, made)
     return dict(sorted(packed.items()))
 

@@ -82,6 +82,16 @@ def refuse_sick(name: str, tensor: Tensor, widest: float = math.inf) -> Tensor:
     return tensor
 
 
+@contextmanager
+def naming(layer: MoELayer, projection: str, members: Sequence[int], w_ENC: Tensor) -> Iterator[None]:
+    """A quantizer's BadInput, of a range too wide, names the matrix among these: the largest weight is in it."""
+    try:
+        yield
+    except BadInput as problem:
+        widest = members[int(w_ENC.abs().flatten(1).amax(1).argmax())]
+        raise BadInput(f"{layer.prefix}.{widest}.{projection}_proj: {problem.line}", problem.hint) from None
+
+
 def read_layer(folder: Path, spec: MoESpec, layer: MoELayer) -> dict[str, Tensor]:
     """{projection: [E, out, in]} of one layer in the source's dtype, each stored byte read once."""
     cache: dict[str, Tensor] = {}

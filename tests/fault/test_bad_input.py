@@ -324,6 +324,13 @@ def test_weights_beyond_any_scale(model: Path, tmp_path: Path) -> None:
     poke(model, EXPERT, 6, struct.pack("<H", 0x7F00))  # 1.7e38
     error, _ = quantize(model, tmp_path / "out").refused()
     assert "beyond fp16" in error and "experts.4.up" in error  # which matrix: "named", says the format
+    poke(model, EXPERT, 6, struct.pack("<H", 0x4B00))  # 8e6: too far for few bits only, so sensing meets it first
+    text = tmp_path / "text.txt"
+    text.write_text("a text " * 200)
+    for method in ("rtn", "gptq"):
+        shown = ("--sensitivity", "error", "--calib", text, "--calib-tokens", "64", "--method", method)
+        error, _ = quantize(model, tmp_path / method, *shown).refused()
+        assert "beyond fp16" in error and "experts.4.up" in error
     nothing_written(tmp_path / "out")
 
 

@@ -196,12 +196,20 @@ SPOILED = {
     "layers no object": lambda b: b | {"layers": [PREFIX]},
 }
 
+SAYS = {  # what a hand that edits a map is likeliest to do
+    "digit beyond": "its digit '9' stands for none of its 3 formats",
+    "digit odd": "its digit '?' stands for none of its 3 formats",
+    "unknown prefix": "its experts of elsewhere stand under no layer",
+}
+
 
 @pytest.mark.parametrize("what", SPOILED)
 def test_a_damaged_map_is_refused(what: str) -> None:
     with pytest.raises(BadInput) as refused:
         PrecisionMap.from_json(SPOILED[what](good()), "the map")
     assert refused.value.hint and "\n" not in refused.value.line
+    if what in SAYS:
+        assert refused.value.line == f"the map: {SAYS[what]}"
 
 
 @pytest.mark.parametrize("drop", ["expert", "layer", "projection"])

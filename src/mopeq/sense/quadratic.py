@@ -37,6 +37,7 @@ from mopeq.sense.frequency import Counts, token_facts
 from mopeq.sense.labels import predicting, sampled_loss, skip_draws
 from mopeq.sense.moments import Adding, Moments
 from mopeq.sense.scene import Scene, shows, walk
+from mopeq.stream import naming
 from mopeq.tables import pick
 from mopeq.tensors import QWeight
 from mopeq.walk.walking import Run, Visit, Walk
@@ -462,7 +463,8 @@ def every_way(
         for p, w_ENC in matrices.items():
             w, own = w_ENC[b].float(), inputs.get("down" if p == "down" else "up")
             for found in made[p]:
-                found[b] = quantize(w, found.format, moments=own, seed=scene.seed)
+                with naming(layer, p, range(layer.experts)[b], w):
+                    found[b] = quantize(w, found.format, moments=own, seed=scene.seed)
                 tick(w.numel())
     return made
 
