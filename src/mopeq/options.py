@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Options:
     other_bits: int = 16
     map: str | Path | None = None
     tune: str = "none"
-    calib: tuple[str | Path, ...] = ()
+    calib: tuple[str | Path, ...] = ()  # or one path alone, or a list
     calib_tokens: int = 65536
     seed: int = 0
     max_memory: str | int | None = None
@@ -46,6 +47,16 @@ class Options:
     ray: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "calib", several(self.calib))
+        for name, kind, like in (
+            ("avg_bits", Real, DEFAULT_AVG_BITS), ("other_bits", Integral, 16), ("calib_tokens", Integral, 65536),
+            ("seed", Integral, 0),
+        ):  # fmt: skip
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if not isinstance(value, kind) and not (value is None and name == "avg_bits"):
+                raise BadInput(
+                    f"{flag} {value!r} is no {'number' if kind is Real else 'whole number'}", f"try {flag} {like}"
+                )
         row(SENSORS, self.sensitivity, "sensitivity")
         row(ALLOCATORS, self.allocate, "allocator")
         row(QUANTIZERS, self.method, "quantization method")
@@ -144,6 +155,11 @@ class Options:
             )
             if needs
         ]
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """What may be given alone, or several together: paths, names of tasks."""
+    return (value,) if isinstance(value, str | Path) else tuple(value)
 
 
 def numbers(value: Any, flag: str, example: str) -> tuple[int, ...]:

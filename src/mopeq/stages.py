@@ -209,6 +209,10 @@ def plan_notes(job: Job) -> list[str]:
                 "a code bit costs more bytes in some matrices than in others here: maps of this average differ by up"
                 f" to {target.expert_bytes - least:,} bytes; the plan counts the most, and what a map leaves is padding"
             )
+            if len(job.options.groups) > 1:
+                notes.append(
+                    "--avg-bits counts codes, not scales: only a budget by --fit makes group sizes pay their way"
+                )
     return notes
 
 

@@ -219,6 +219,7 @@ def test_python_does_what_the_commands_do(tmp_path: Path) -> None:
     with silence():
         made = quantize(folder, tmp_path / "a", avg_bits=2.7, per="projection")
         measured = package.evaluate(tmp_path / "a", against=folder, data=[text()], window=64, limit=2)
+        assert package.evaluate(tmp_path / "a", against=folder, data=text(), window=64, limit=2) == measured
     typed = result("quantize", folder, "-o", tmp_path / "b", "--avg-bits", "2.7", "--per", "projection")
     differ = {"out", "seconds", "peak_rss_bytes", "read_back"}  # the last: logits' rounding, which threads decide
     assert {k: v for k, v in made.items() if k not in differ} == {k: v for k, v in typed.items() if k not in differ}

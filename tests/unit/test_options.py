@@ -59,6 +59,10 @@ def test_defaults() -> None:
         ({"shard_size": "big"}, "no size"),
         ({"max_memory": "lots"}, "no size"),
         ({"device": "tpu"}, "--device tpu"),
+        ({"avg_bits": "3"}, "--avg-bits '3' is no number"),
+        ({"other_bits": "8"}, "--other-bits '8' is no whole number"),
+        ({"calib_tokens": 1.5}, "--calib-tokens 1.5 is no whole number"),
+        ({"seed": None}, "--seed None"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**32}, "--seed"),
     ],
@@ -67,6 +71,12 @@ def test_refusals(kw: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput) as refused:
         Options(**kw)
     assert said in refused.value.line and refused.value.hint and "\n" not in refused.value.line
+
+
+def test_one_path_stands_alone() -> None:
+    assert Options(calib="a.txt").calib == ("a.txt",)  # type: ignore[arg-type]
+    assert Options(calib=Path("a.txt")).calib == (Path("a.txt"),)  # type: ignore[arg-type]
+    assert Options(calib=["a.txt", "b.txt"]).calib == ("a.txt", "b.txt")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sensitivity", ["fisher", "fisher-seq", "error"])

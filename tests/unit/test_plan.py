@@ -331,6 +331,14 @@ def test_forecast_counts() -> None:
     assert json.loads(json.dumps(f)) == f
 
 
+def test_group_sizes_want_a_budget_of_bytes() -> None:
+    """One of code bits leaves the smallest groups free of charge, and what a map leaves is padding: that is said."""
+    asks: list[tuple[dict[str, Any], bool]] = [({"avg_bits": 3.0}, True), ({"fit": "70%"}, False)]
+    for asked, said in asks:
+        notes = forecast(job(olmoe(), group_size="64,128", **asked))["notes"]
+        assert any("--fit" in note for note in notes) == said
+
+
 def test_kmeans_has_no_prediction_but_bounds() -> None:
     """Two layers of three like experts: the least at equal scores; at most, one expert (of each layer) is narrow."""
     for scope, narrow in (("model", 1), ("layer", 2)):

@@ -28,6 +28,7 @@ from mopeq.harness.lm_eval import find_tasks, run_harness
 from mopeq.memory import SHARE, available_memory
 from mopeq.models import check_generates, check_reads_text, load_config, load_model, pick_device
 from mopeq.nouns import digest_of, parse_size
+from mopeq.options import several
 from mopeq.packed import MANIFEST, check_if_sealed, content_digest, json_bytes, write_atomic
 from mopeq.progress import progress, say
 from mopeq.walk.parts import source_parts
@@ -37,15 +38,15 @@ from mopeq.walk.walking import Walk
 def evaluate(
     out: str | Path,
     against: str | Path | None = None,
-    data: Sequence[str | Path] = (),
+    data: Sequence[str | Path] | str | Path = (),
     window: int = 2048,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[str] | str | None = None,
     limit: int | None = None,
     device: str = "auto",
     save: str | Path | None = None,
     max_memory: str | int | None = None,
     rules: str = KIT,
-    lm_eval: Sequence[str] = (),
+    lm_eval: Sequence[str] | str = (),
 ) -> dict[str, Any]:
     """Measure OUT (a packed checkpoint, or any checkpoint transformers loads) on data; docs/commands.md has the JSON.
 
@@ -56,6 +57,7 @@ def evaluate(
     lm_eval: tasks of lm-evaluation-harness by name, and folders or files of such tasks; `limit` holds for them too.
     save: per-item records (JSON lines). float32 throughout. BadInput for unreadable data or folders.
     """
+    data, lm_eval = several(data), several(lm_eval)
     if limit is not None and limit < 1:
         raise BadInput(f"--limit {limit} is not positive", "try --limit 100, or leave it out for all")
     if save is not None and Path(save).is_dir():
@@ -77,7 +79,7 @@ def evaluate(
     packed = load_model(folder, torch.float32, chosen)
     family = packed.config.model_type
     questions = [worded(item, family) for item in items if item.text is None and item.answer is not None]
-    asked = by_task(questions, tasks, limit)
+    asked = by_task(questions, None if tasks is None else several(tasks), limit)
     shown = rows(items, processor, packed.config, window, limit, asked)
     original, whole = (None, None) if source is None else original_logits(source, chosen, max_memory, shown)
     result: dict[str, Any] = {"out": str(out), "against": None if against is None else str(against)}
