@@ -91,9 +91,7 @@ def feedback() -> ctypes.CDLL | None:
     lib, _ = compiled(GPTQ) if platform.machine() in ("x86_64", "AMD64") else (None, "")
     if lib is None or not lib.mopeq_gptq_set(BEST):
         return None
-    address, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    lib.mopeq_feed_back.argtypes = (address, size, size, size, *[address] * 7, size, size)
-    lib.mopeq_descend.argtypes = (address, size, size, size, *[address] * 5, count, size, size)
+    lib.mopeq_gptq.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     return lib
 
 

@@ -21,12 +21,27 @@ enum { LANES = 64, FEW_LANES = 16, TRIED = 3, BLOCK = 16 }; /* of a tile; scales
 enum { NONE, AVX2, AVX512 };
 enum { DONE = 0, NO_MEMORY = 1 };
 
-/* A format, and what gptq.py tries for it: shares of the whole range, factors of the scale beside the neighbouring zero
-   points, factors of the scale found. */
+/* Matrices, one after another in memory, and what is asked. `order` is where columns come in rounding; without it nothing
+   is rounded with feedback, and level, scale and zero are what descent begins with. */
 typedef struct {
-    int32_t bits, symmetric, group, clip_count, neighbour_count;
-    float clips[16], neighbours[4], factors[TRIED];
-} Format;
+    int32_t bits, symmetric, group, sweeps, clip_count, neighbour_count;
+    float clips[16];      /* shares of the whole range that are tried */
+    float neighbours[4];  /* factors of the scale, tried with the zero points beside the best */
+    float factors[TRIED]; /* of the scale found, for rounding */
+    int64_t experts, n, out;
+    const float *w;            /* [experts, n, out] */
+    const float *mt, *v;       /* [experts, n, n], [experts, n] */
+    const int64_t *order;      /* [experts, n] */
+    const float *h;            /* [experts, n, n] */
+    float *level;              /* [experts, n, out] */
+    float *scale, *zero;       /* [experts, groups, out] */
+} Job;
+
+/* A part of a matrix's outputs, held in tiles of `lanes` lanes. */
+typedef struct {
+    int64_t expert, first;
+    int held;
+} Tile;
 
 /* ---------------------------------------------------------------------------------------------------- lanes */
 
@@ -108,7 +123,7 @@ INLINE void product(int rows, int64_t n, const float *a, int64_t stride, const f
 /* --------------------------------------------------------------------------------------------------- ranges */
 
 /* rtn.scale_and_zero of ranges that fp16 can express. */
-INLINE void scale_and_zero(const Format *f, float low, float high, float *scale, float *zero) {
+INLINE void scale_and_zero(const Job *f, float low, float high, float *scale, float *zero) {
     const float most = (float)((1 << f->bits) - 1), half = (float)(1 << (f->bits - 1));
     if (f->symmetric) {
         *scale = stored_scale(at_least(-low / half, high / at_least(half - 1, 1.0f)));
@@ -120,7 +135,7 @@ INLINE void scale_and_zero(const Format *f, float low, float high, float *scale,
 }
 
 /* gptq.rounding_loss of each lane. */
-INLINE void rounding_loss(const Format *f, int columns, const float *x, const float *weight, const float *s,
+INLINE void rounding_loss(const Job *f, int columns, const float *x, const float *weight, const float *s,
                           const float *z, float *loss, int lanes) {
     const float most = (float)((1 << f->bits) - 1);
     float inverse[LANES], low[LANES], high[LANES], sum[LANES];
@@ -141,7 +156,7 @@ INLINE void rounding_loss(const Format *f, int columns, const float *x, const fl
 }
 
 /* Keeps the better of the best range so far and another. */
-INLINE void attempt(const Format *f, int columns, const float *x, const float *weight, const float *s, const float *z,
+INLINE void attempt(const Job *f, int columns, const float *x, const float *weight, const float *s, const float *z,
                     float *scale, float *zero, float *least, int lanes) {
     float loss[LANES];
     rounding_loss(f, columns, x, weight, s, z, loss, lanes);
@@ -154,7 +169,7 @@ INLINE void attempt(const Format *f, int columns, const float *x, const float *w
 }
 
 /* gptq.searched_range of a group x [columns, lanes]. */
-INLINE void searched_range(const Format *f, int columns, const float *x, const float *weight, float *scale, float *zero,
+INLINE void searched_range(const Job *f, int columns, const float *x, const float *weight, float *scale, float *zero,
                            int lanes) {
     const float most = (float)((1 << f->bits) - 1);
     const float steps = f->symmetric ? at_least((float)((1 << (f->bits - 1)) - 1), 1.0f) : most;
@@ -196,7 +211,7 @@ INLINE void searched_range(const Format *f, int columns, const float *x, const f
 
 /* gptq.round_group: rounds target [columns, lanes] under one scale. mt [columns, columns of the group], rows m_stride
    apart, is M transposed. */
-INLINE void round_group(const Format *f, int columns, const float *target, const float *w, const float *mt,
+INLINE void round_group(const Job *f, int columns, const float *target, const float *w, const float *mt,
                         int64_t m_stride, const float *v, const float *s, const float *z, float *level, float *wrong,
                         float *cost, int lanes, int set) {
     const float most = (float)((1 << f->bits) - 1);
@@ -226,27 +241,28 @@ INLINE void round_group(const Format *f, int columns, const float *target, const
     }
 }
 
-/* gptq.feed_back of one tile: w and level [n, ...] are in the order of the file, rows `stride` apart, mt and v in that
-   of rounding. */
-INLINE int feed_back_tile(const Format *f, int64_t n, const float *w, const float *mt, const float *v,
-                          const int64_t *order, float *level, float *scale, float *zero, int64_t stride, int held,
-                          int lanes, int set) {
+/* gptq.feed_back of one tile: w and level are in the order of the file, mt and v in that of rounding. */
+INLINE int feed_back(const Job *f, Tile t, int lanes, int set) {
     const int group = f->group;
+    const int64_t n = f->n, groups = (n + group - 1) / group, *order = f->order + t.expert * n;
+    const float *w = f->w + t.expert * n * f->out + t.first, *mt = f->mt + t.expert * n * n, *v = f->v + t.expert * n;
+    float *level = f->level + (w - f->w), *scale = f->scale + t.expert * groups * f->out + t.first;
+    float *zero = f->zero + (scale - f->scale);
     const size_t part = (size_t)group * lanes, row = lanes * sizeof(float);
     float *wrong = malloc((n + 2 * group) * row + 2 * TRIED * part * sizeof(float));
     if (!wrong) return NO_MEMORY;
     float *own = wrong + n * lanes, *target = own + part, *levels = target + part, *wrongs = levels + TRIED * part;
     for (int64_t start = 0; start < n; start += group) {
         const int columns = (int)(n - start < group ? n - start : group);
-        for (int j = 0; j < columns; j++) load(own + j * lanes, w + order[start + j] * stride, held, lanes);
+        for (int j = 0; j < columns; j++) load(own + j * lanes, w + order[start + j] * f->out, t.held, lanes);
         memcpy(target, own, columns * row);
         product(columns, start, mt + start * n, n, wrong, target, lanes, set, 1);
         float found[LANES], z[LANES], s[TRIED][LANES], cost[TRIED][LANES];
         searched_range(f, columns, target, v + start, found, z, lanes);
-        for (int t = 0; t < TRIED; t++) {
-            EACH_LANE s[t][l] = stored_scale(at_most(found[l] * f->factors[t], LARGEST));
-            round_group(f, columns, target, own, mt + start * n + start, n, v + start, s[t], z, levels + t * part,
-                        wrongs + t * part, cost[t], lanes, set);
+        for (int i = 0; i < TRIED; i++) {
+            EACH_LANE s[i][l] = stored_scale(at_most(found[l] * f->factors[i], LARGEST));
+            round_group(f, columns, target, own, mt + start * n + start, n, v + start, s[i], z, levels + i * part,
+                        wrongs + i * part, cost[i], lanes, set);
         }
         int32_t best[LANES];
         EACH_LANE {
@@ -261,11 +277,11 @@ INLINE int feed_back_tile(const Format *f, int64_t n, const float *w, const floa
                 x[l] = best[l] == 0 ? x0[0] : best[l] == 1 ? x0[part] : x0[2 * part];
                 kept[l] = best[l] == 0 ? w0[0] : best[l] == 1 ? w0[part] : w0[2 * part];
             }
-            store(level + order[start + j] * stride, x, held);
+            store(level + order[start + j] * f->out, x, t.held);
         }
         const int64_t place = order[start] / group;
-        store(scale + place * stride, found, held);
-        store(zero + place * stride, z, held);
+        store(scale + place * f->out, found, t.held);
+        store(zero + place * f->out, z, t.held);
     }
     free(wrong);
     return DONE;
@@ -300,7 +316,7 @@ INLINE void best_scale(int columns, const float *x, float *pull, const float *h,
 }
 
 /* descent.move_codes: x and pull follow in place. h are the group's rows and columns of H, n apart. */
-INLINE void move_codes(const Format *f, int columns, float *x, float *pull, const float *h, int64_t n, const float *s,
+INLINE void move_codes(const Job *f, int columns, float *x, float *pull, const float *h, int64_t n, const float *s,
                        const float *z, int lanes, int set) {
     const float most = (float)((1 << f->bits) - 1);
     float step[LANES], low[LANES], high[LANES], moved[BLOCK * LANES];
@@ -327,33 +343,36 @@ INLINE void move_codes(const Format *f, int columns, float *x, float *pull, cons
     }
 }
 
-/* descent.descend of one tile: w, level [n, ...], scale and zero [groups, ...] have rows `stride` apart. */
-INLINE int descend_tile(const Format *f, int64_t n, const float *w, const float *h, float *level, float *scale,
-                        const float *zero, int sweeps, int64_t stride, int held, int lanes, int set) {
+/* descent.descend of one tile. */
+INLINE int descend(const Job *f, Tile t, int lanes, int set) {
     const int group = f->group;
+    const int64_t n = f->n, groups = (n + group - 1) / group;
+    const float *w = f->w + t.expert * n * f->out + t.first, *h = f->h + t.expert * n * n;
+    float *level = f->level + (w - f->w), *scale = f->scale + t.expert * groups * f->out + t.first;
+    const float *zero = f->zero + (scale - f->scale);
     const size_t part = (size_t)group * lanes;
     float *away = malloc((n * lanes + 3 * part) * sizeof(float));
     if (!away) return NO_MEMORY;
     float *x = away + n * lanes, *pull = x + part, *hx = pull + part, own[LANES], s[LANES], z[LANES];
-    for (int sweep = -1; sweep < sweeps; sweep++) { /* at first what is away is but put down */
+    for (int sweep = -1; sweep < f->sweeps; sweep++) { /* at first what is away is but put down */
         for (int64_t start = 0, g = 0; start < n; start += group, g++) {
             const int columns = (int)(n - start < group ? n - start : group);
             const float *square = h + start * n + start;
-            load(s, scale + g * stride, held, lanes);
-            load(z, zero + g * stride, held, lanes);
-            for (int l = held; l < lanes; l++) s[l] = 1;
-            for (int j = 0; j < columns; j++) load(x + j * lanes, level + (start + j) * stride, held, lanes);
+            load(s, scale + g * f->out, t.held, lanes);
+            load(z, zero + g * f->out, t.held, lanes);
+            for (int l = t.held; l < lanes; l++) s[l] = 1;
+            for (int j = 0; j < columns; j++) load(x + j * lanes, level + (start + j) * f->out, t.held, lanes);
             if (sweep >= 0) {
                 product(columns, n, h + start * n, n, away, pull, lanes, set, 0);
                 best_scale(columns, x, pull, square, n, s, hx, lanes, set);
                 move_codes(f, columns, x, pull, square, n, s, z, lanes, set);
                 best_scale(columns, x, pull, square, n, s, hx, lanes, set);
-                store(scale + g * stride, s, held);
+                store(scale + g * f->out, s, t.held);
             }
             for (int j = 0; j < columns; j++) {
-                load(own, w + (start + j) * stride, held, lanes);
+                load(own, w + (start + j) * f->out, t.held, lanes);
                 EACH_LANE away[(start + j) * lanes + l] = x[j * lanes + l] * s[l] - own[l];
-                if (sweep >= 0) store(level + (start + j) * stride, x + j * lanes, held);
+                if (sweep >= 0) store(level + (start + j) * f->out, x + j * lanes, t.held);
             }
         }
     }
@@ -363,54 +382,26 @@ INLINE int descend_tile(const Format *f, int64_t n, const float *w, const float 
 
 /* -------------------------------------------------------------------------------------------------- matrices */
 
-/* Matrices of a batch one after another in memory; `first`, `step`: which of all tiles this thread takes. */
-INLINE int feed_back(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w, const float *mt,
-                     const float *v, const int64_t *order, float *level, float *scale, float *zero, int64_t first,
-                     int64_t step, int lanes, int set) {
-    const int64_t groups = (n + f->group - 1) / f->group, tiles = (out + lanes - 1) / lanes;
-    for (int64_t unit = first; unit < experts * tiles; unit += step) {
-        const int64_t e = unit / tiles, at = unit % tiles * lanes, matrix = e * n * out + at, g = e * groups * out + at;
-        const int held = (int)(out - at < lanes ? out - at : lanes);
-        if (feed_back_tile(f, n, w + matrix, mt + e * n * n, v + e * n, order + e * n, level + matrix, scale + g,
-                           zero + g, out, held, lanes, set) != DONE)
-            return NO_MEMORY;
+INLINE int tiles(const Job *f, int64_t first, int64_t step, int lanes, int set) {
+    const int64_t each = (f->out + lanes - 1) / lanes;
+    int found = DONE;
+    for (int64_t i = first; i < f->experts * each && found == DONE; i += step) {
+        const int64_t at = i % each * lanes, left = f->out - at;
+        const Tile tile = {i / each, at, (int)(left < lanes ? left : lanes)};
+        if (f->order) found = feed_back(f, tile, lanes, set);
+        if (f->sweeps && found == DONE) found = descend(f, tile, lanes, set);
     }
-    return DONE;
-}
-
-INLINE int descend(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w, const float *h,
-                   float *level, float *scale, const float *zero, int sweeps, int64_t first, int64_t step, int lanes,
-                   int set) {
-    const int64_t groups = (n + f->group - 1) / f->group, tiles = (out + lanes - 1) / lanes;
-    for (int64_t unit = first; unit < experts * tiles; unit += step) {
-        const int64_t e = unit / tiles, at = unit % tiles * lanes, matrix = e * n * out + at, g = e * groups * out + at;
-        const int held = (int)(out - at < lanes ? out - at : lanes);
-        if (descend_tile(f, n, w + matrix, h + e * n * n, level + matrix, scale + g, zero + g, sweeps, out, held, lanes,
-                         set) != DONE)
-            return NO_MEMORY;
-    }
-    return DONE;
+    return found;
 }
 
 /* Few outputs take narrow tiles. */
-#define BOTH(name, attribute, set)                                                                                    \
-    attribute static int feed_back_##name(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w,   \
-                                          const float *mt, const float *v, const int64_t *order, float *level,        \
-                                          float *scale, float *zero, int64_t first, int64_t step) {                   \
-        if (out > 2 * FEW_LANES)                                                                                      \
-            return feed_back(f, experts, n, out, w, mt, v, order, level, scale, zero, first, step, LANES, set);       \
-        return feed_back(f, experts, n, out, w, mt, v, order, level, scale, zero, first, step, FEW_LANES, set);       \
-    }                                                                                                                 \
-    attribute static int descend_##name(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w,     \
-                                        const float *h, float *level, float *scale, const float *zero, int sweeps,    \
-                                        int64_t first, int64_t step) {                                                \
-        if (out > 2 * FEW_LANES)                                                                                      \
-            return descend(f, experts, n, out, w, h, level, scale, zero, sweeps, first, step, LANES, set);            \
-        return descend(f, experts, n, out, w, h, level, scale, zero, sweeps, first, step, FEW_LANES, set);            \
+#define TILES(name, attribute, set)                                                                                   \
+    attribute static int name(const Job *f, int64_t first, int64_t step) {                                            \
+        return f->out > 2 * FEW_LANES ? tiles(f, first, step, LANES, set) : tiles(f, first, step, FEW_LANES, set);    \
     }
 
-BOTH(avx2, WITH_AVX2, AVX2)
-BOTH(512, WITH_AVX512, AVX512)
+TILES(tiles_avx2, WITH_AVX2, AVX2)
+TILES(tiles_512, WITH_AVX512, AVX512)
 
 static int in_use = NONE;
 
@@ -422,18 +413,7 @@ int mopeq_gptq_set(int most) {
     return in_use = most < have ? most : have;
 }
 
-/* w [experts, n, out], mt [experts, n, n], v and order [experts, n] -> level [experts, n, out], scale and zero [experts,
-   groups, out]. */
-int mopeq_feed_back(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w, const float *mt,
-                    const float *v, const int64_t *order, float *level, float *scale, float *zero, int64_t first,
-                    int64_t step) {
-    return in_use == AVX512 ? feed_back_512(f, experts, n, out, w, mt, v, order, level, scale, zero, first, step)
-                            : feed_back_avx2(f, experts, n, out, w, mt, v, order, level, scale, zero, first, step);
-}
-
-/* w and level [experts, n, out], h [experts, n, n], scale and zero [experts, groups, out]; level and scale in place. */
-int mopeq_descend(const Format *f, int64_t experts, int64_t n, int64_t out, const float *w, const float *h,
-                  float *level, float *scale, const float *zero, int sweeps, int64_t first, int64_t step) {
-    return in_use == AVX512 ? descend_512(f, experts, n, out, w, h, level, scale, zero, sweeps, first, step)
-                            : descend_avx2(f, experts, n, out, w, h, level, scale, zero, sweeps, first, step);
+/* Does a thread's share of a job: every step-th tile from the first. */
+int mopeq_gptq(const Job *f, int64_t first, int64_t step) {
+    return in_use == AVX512 ? tiles_512(f, first, step) : tiles_avx2(f, first, step);
 }

@@ -6,9 +6,8 @@ The codes are torch's but for ties that fall the other way, and do not depend on
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,29 +15,19 @@ from torch import Tensor
 from mopeq.kernels.build import feedback
 from mopeq.nouns import Format
 
+SETTINGS = ("clips", 16), ("neighbours", 4), ("factors", 3)
+TENSORS = ("w", "mt", "v", "order", "h", "level", "scale", "zero")
 
-class CFormat(ctypes.Structure):
-    """A format and what is tried for it, as gptq.c has it."""
+
+class Job(ctypes.Structure):
+    """Matrices [E, C, N] and what is asked, as gptq.c has it."""
 
     _fields_ = (
-        ("bits", ctypes.c_int32),
-        ("symmetric", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("clip_count", ctypes.c_int32),
-        ("neighbour_count", ctypes.c_int32),
-        ("clips", ctypes.c_float * 16),
-        ("neighbours", ctypes.c_float * 4),
-        ("factors", ctypes.c_float * 3),
+        *((name, ctypes.c_int32) for name in ("bits", "symmetric", "group", "sweeps", "clip_count", "neighbour_count")),
+        *((name, ctypes.c_float * most) for name, most in SETTINGS),
+        *((name, ctypes.c_int64) for name in ("experts", "n", "out")),
+        *((name, ctypes.c_void_p) for name in TENSORS),
     )
-
-    @classmethod
-    def of(
-        cls, fmt: Format, clips: Sequence[float] = (), neighbours: Sequence[float] = (), factors: Sequence[float] = ()
-    ) -> CFormat:
-        made = cls(fmt.bits, fmt.scheme == "s", fmt.group_size, len(clips), len(neighbours))
-        for array, values in ((made.clips, clips), (made.neighbours, neighbours), (made.factors, factors)):
-            array[: len(values)] = values
-        return made
 
 
 def usable(w: Tensor) -> bool:
@@ -47,39 +36,48 @@ def usable(w: Tensor) -> bool:
 
 
 def feed_back(
-    fmt: CFormat, groups: int, w: Tensor, mt: Tensor, v: Tensor, order: Tensor
+    w: Tensor,
+    fmt: Format,
+    mt: Tensor,
+    v: Tensor,
+    order: Tensor,
+    clips: Sequence[float],
+    neighbours: Sequence[float],
+    factors: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """gptq.feed_back: levels [E, C, N], scales and zero points [E, G, N]."""
-    w, mt, v, order = (t.contiguous() for t in (w, mt, v, order))
-    level, scale = torch.empty_like(w), w.new_empty(len(w), groups, w.shape[2])
+    """gptq.feed_back, with what it tries: clipped ranges, scales beside neighbouring zero points, scales."""
+    level, scale = w.new_empty(w.shape), w.new_empty(len(w), fmt.groups(w.shape[1]), w.shape[2])
     zero = torch.empty_like(scale)
-    lib = feedback()
-    assert lib is not None and order.dtype == torch.int64
-    addresses = [t.data_ptr() for t in (w, mt, v, order, level, scale, zero)]
-    on_threads(partial(lib.mopeq_feed_back, ctypes.byref(fmt), *w.shape, *addresses))
+    job = Job(fmt.bits, fmt.scheme == "s", fmt.group_size, 0, len(clips), len(neighbours))
+    for name, values in (("clips", clips), ("neighbours", neighbours), ("factors", factors)):
+        getattr(job, name)[: len(values)] = values
+    run(job, {"w": w, "mt": mt, "v": v, "order": order, "level": level, "scale": scale, "zero": zero})
     return level, scale, zero
 
 
 def descend(
-    fmt: CFormat, w: Tensor, h: Tensor, level: Tensor, scale: Tensor, zero: Tensor, sweeps: int
+    w: Tensor, fmt: Format, h: Tensor, level: Tensor, scale: Tensor, zero: Tensor, sweeps: int
 ) -> tuple[Tensor, Tensor]:
     """descent.descend."""
-    w, h, zero = (t.contiguous() for t in (w, h, zero))
     level, scale = (t.clone(memory_format=torch.contiguous_format) for t in (level, scale))
-    lib = feedback()
-    assert lib is not None
-    addresses = [t.data_ptr() for t in (w, h, level, scale, zero)]
-    on_threads(partial(lib.mopeq_descend, ctypes.byref(fmt), *w.shape, *addresses, sweeps))
+    job = Job(fmt.bits, fmt.scheme == "s", fmt.group_size, sweeps)
+    run(job, {"w": w, "h": h, "level": level, "scale": scale, "zero": zero})
     return level, scale
 
 
-def on_threads(work: Callable[[int, int], int]) -> None:
-    """`work(first, step)` with as many threads as torch takes; each takes every step-th tile. MemoryError."""
+def run(job: Job, tensors: dict[str, Tensor]) -> None:
+    """Have as many threads as torch takes share a job's tiles. MemoryError."""
+    lib = feedback()
+    assert lib is not None
+    tensors = {name: t.contiguous() for name, t in tensors.items()}  # what is filled is contiguous, and stays itself
+    job.experts, job.n, job.out = tensors["w"].shape
+    for name, t in tensors.items():
+        setattr(job, name, t.data_ptr())
     n = torch.get_num_threads()
     if n == 1:
-        failed = work(0, 1)
+        failed = lib.mopeq_gptq(ctypes.byref(job), 0, 1)
     else:
         with ThreadPoolExecutor(n) as pool:
-            failed = any(pool.map(lambda first: work(first, n), range(n)))
+            failed = any(pool.map(lambda first: lib.mopeq_gptq(ctypes.byref(job), first, n), range(n)))
     if failed:
         raise MemoryError("no memory to quantize in")

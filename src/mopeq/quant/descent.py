@@ -122,7 +122,7 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Lower tr(D H D^T) by moving every code, then every scale, to its best with all others held; `sweeps` times."""
     if compiled.usable(w):
-        return compiled.descend(compiled.CFormat.of(fmt), w, h, level, scale, zero, sweeps)
+        return compiled.descend(w, fmt, h, level, scale, zero, sweeps)
     n, size = w.shape[1], fmt.group_size
     level, scale = level.clone(), scale.clone()
     away = level * spread(scale, size, n) - w

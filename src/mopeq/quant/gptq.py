@@ -71,8 +71,7 @@ def solve(w_ENC: Tensor, fmt: Format, inputs: Inputs, sweeps: int) -> QWeight:
 def feed_back(w: Tensor, fmt: Format, mt: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Levels (code - zero) [E, C, N], scales and zero points [E, G, N], all float32."""
     if compiled.usable(w):
-        tried = compiled.CFormat.of(fmt, clips(fmt), neighbours(fmt), factors(fmt))
-        return compiled.feed_back(tried, fmt.groups(w.shape[1]), w, mt, v, order)
+        return compiled.feed_back(w, fmt, mt, v, order, clips(fmt), neighbours(fmt), factors(fmt))
     n, size = w.shape[1], fmt.group_size
     wo = take(w, order)
     wrong, level = torch.zeros_like(wo), torch.empty_like(wo)  # w - q, code - zero, in the order of rounding
