@@ -21,14 +21,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from mopeq.kernels.hopper_kernels import many
 
 p, out, inputs, words, widths, warps, pairs = (int(part) for part in sys.argv[1:])
-given = dict(P=p, CHOICES=2, E=8, N=out, K=inputs, W=words, GROUP=32, UNIFORM=False, GATED=True, ACT=1, ALPHA=1.0,
-             LIMIT=0.0, BIAS=False, WIDTHS=widths, TILE=256, BN=128, BM=pairs, STAGES=4, bias_gate=None, bias_up=None)
+given = dict(LONE=p > 2, P=p % 3, CHOICES=2, E=8, N=out, K=inputs, W=words, GROUP=32, UNIFORM=False, GATED=True,
+             ACT=int(p < 3), ALPHA=1.0, LIMIT=0.0, BIAS=False, WIDTHS=widths, TILE=256, BN=128, BM=pairs, STAGES=4,
+             bias_gate=None, bias_up=None)
 kinds = dict(x="*bf16", h="*bf16", table="*i64", words="*i32", pairs="*i16", bytes="*u8", halves="*fp16",
-             sorted_pairs="*i32", tile_expert="*i32", tile_start="*i32", tile_end="*i32")
+             sorted_pairs="*i32", tile_expert="*i32", tile_start="*i32", tile_end="*i32", rows="i32")
+if p > 2:
+    given |= dict.fromkeys(("sorted_pairs", "tile_expert", "tile_start", "tile_end"))
 names = many.arg_names
 signature = {name: "constexpr" if name in given else kinds[name] for name in names}
 constants = {(names.index(name),): value for name, value in given.items()}
-aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in kinds}
+aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kinds.get(name, "i32") != "i32"}
 source = GluonASTSource(many, signature, constants, aligned)
 made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 text = made.asm["ptx"]
@@ -39,7 +42,12 @@ assert "wgmma.mma_async" in text and "wgmma.wait_group.sync.aligned 1" in text a
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("p", "out", "inputs", "words", "widths", "warps", "pairs"),
-    [(0, 256, 512, 32, 1 << 3, 8, 256), (2, 256, 128, 32, 1 << 2, 4, 128), (2, 496, 232, 16, 1 << 8, 4, 128)],
+    [
+        (0, 256, 512, 32, 1 << 3, 8, 256),
+        (2, 256, 128, 32, 1 << 2, 4, 128),
+        (2, 496, 232, 16, 1 << 8, 4, 128),
+        (3, 256, 128, 32, 1 << 4, 8, 256),  # of a matrix that stands alone
+    ],
 )
 def test_the_prompt_kernels_compile(
     p: int, out: int, inputs: int, words: int, widths: int, warps: int, pairs: int

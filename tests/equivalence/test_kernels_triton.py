@@ -17,6 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are importe
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from mopeq.kernels import arena, hopper
 from mopeq.kernels import triton as ours
 from mopeq.nouns import Format
 from mopeq.verbs.layers import Shape, random_experts, random_routing
@@ -104,6 +105,46 @@ def test_pairs_are_sorted_and_cut_into_tiles(pairs: int, experts: int, each: int
     assert places == list(range(len(wanted)))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_what_the_instructions_make_of_words(bits: int) -> None:
+    """Every slot's code stands above its base, wherever it is left, and slots that share a scale above the same."""
+    from mopeq.kernels.triton_kernels import left_at, unpack_asm
+
+    slots, generator = arena.SLOTS[bits], torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (2, slots), generator=generator).tolist()  # of two neighbouring words
+    planes = [0, 0]
+    for word, of_word in enumerate(codes):
+        for slot, code in enumerate(of_word):
+            for plane, first, width, of_code in arena.pieces(bits, slot):
+                planes[plane] |= (code >> of_code & 2**width - 1) << first + 16 * word
+    for dtype, room in ((torch.bfloat16, 7), (torch.float16, 10)):
+        for run in (1, 2, 4):
+            for slot in range(slots):
+                left = left_at(bits, slot, run, room)
+                assert left == left_at(bits, slot // run * run, run, room)
+                made = executed(unpack_asm(bits, slot, room == 7, False, False, left), planes)
+                halves = torch.tensor([made & 0xFFFF, made >> 16], dtype=torch.uint16).view(dtype).tolist()
+                assert [half - 2.0 ** (room - left) for half in halves] == [codes[0][slot], codes[1][slot]]
+
+
+def executed(asm: str, planes: list[int]) -> int:
+    """$0 of such PTX."""
+    kept = {"$1": planes[0], "$2": planes[1]}
+    for line in asm.strip("{} ").split(";"):
+        name, *args = line.replace(",", " ").split() or [""]
+        values = [kept[arg] if arg in kept else int(arg, 0) for arg in args[1:] if name[0] != "."]
+        if name == "lop3.b32":
+            assert values[3] == 0xEA
+            kept[args[0]] = values[0] & values[1] | values[2]
+        elif name in ("shr.b32", "shl.b32"):
+            kept[args[0]] = values[0] >> values[1] if name == "shr.b32" else values[0] << values[1] & 0xFFFFFFFF
+        elif name == "mov.b32":
+            kept[args[0]] = values[0]
+        else:
+            assert name in ("", ".reg"), line
+    return kept["$0"]
+
+
 class Followed:
     """In place of hopper_kernels.many, which only a GPU runs: the same from the same arguments, by plain torch."""
 
@@ -133,7 +174,7 @@ class Followed:
 
 def test_what_the_prompt_kernels_are_given(monkeypatch: Any) -> None:
     pytest.importorskip("triton.experimental.gluon")
-    from mopeq.kernels import hopper, hopper_kernels
+    from mopeq.kernels import hopper_kernels
 
     shape = Shape(64, 32, 4, 2)
     layer = random_experts(shape, (2, 3, 4), seed=3)

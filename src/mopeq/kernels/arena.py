@@ -5,12 +5,16 @@ A matrix's codes lie in tiles of S slots of W inputs: input kt*S*W + s*W + w is 
 32-bit register by one shift and one mask, and one slot's W inputs share a scale:
 
     width        slots S   word                              second plane, for each word
-    1, 2         8         slot s at bit 2s                  nothing
-    3            8         two halves of 8 bits: slots 0, 1  a byte, halves of 4 bits: slot 2
-                           and 2 bits of slot 3              and the third bit of slot 3
-    4            4         slot s at bit 4s                  nothing
-    5, 6         4         slots 0, 1 and 4 bits of slot 3   a byte: slot 2 and 2 bits of slot 3
-    7, 8         4         4 bits of slot s at bit 4s        16 bits: the other 4 bits
+    1, 2         8         halves of 8 bits: slots 0, 2, 4,  nothing
+                           6 in one, 1, 3, 5, 7 in the other
+    3            8         halves of 8 bits: slots 0, 2 and  a byte, halves of 4 bits: slot 1
+                           2 bits of 3; 4, 6 and 2 of 7      and a bit of 3; slot 5 and one of 7
+    4            4         halves: slots 0, 2; slots 1, 3    nothing
+    5, 6         4         slots 0, 2 and 4 bits of slot 3   a byte: slot 1 and 2 bits of slot 3
+    7, 8         4         4 bits of each slot, as 4 bits    16 bits: the other 4 bits
+
+So slots 0 and 1, 2 and 3, …, which mostly share a scale, lie equally far from the lowest bit of a half: there a kernel
+may leave them (`triton_kernels.left_at`), which saves it shifts.
 
 Planes are [tile, out, W], scales and zero points [group, out], so what a program reads lies together. Rows are padded
 to 16, inputs to whole tiles. Odd widths are kept as the next of these; otherwise bytes are those of the checkpoint,
@@ -46,13 +50,13 @@ def pieces(bits, slot):  # type: ignore[no-untyped-def]
     Also Triton's, so without annotations.
     """
     if bits == 2 or bits == 4:
-        return [(0, bits * slot, bits, 0)]
+        return [(0, slot % 2 * 8 + slot // 2 * bits, bits, 0)]
     if bits == 8:
-        return [(0, 4 * slot, 4, 0), (1, 4 * slot, 4, 4)]
+        return [(plane, slot % 2 * 8 + slot // 2 * 4, 4, 4 * plane) for plane in (0, 1)]
     word, byte, third = slot // 4 * 8, slot // 4 * 4, bits // 3
     if slot % 4 == 3:
-        return [(0, word + 2 * bits, 2 * third, 0), (1, byte + bits, third, 2 * third)]
-    return [(1, byte, bits, 0)] if slot % 4 == 2 else [(0, word + slot % 4 * bits, bits, 0)]
+        return [(1, byte + bits, third, 0), (0, word + 2 * bits, 2 * third, third)]
+    return [(1, byte, bits, 0)] if slot % 4 == 1 else [(0, word + slot % 4 // 2 * bits, bits, 0)]
 
 
 def refuses(formats: Mapping[str, list[Format]]) -> str:

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mopeq.kernels.hopper_kernels import barrier, copy
-from mopeq.kernels.triton_kernels import unpack_asm
+from mopeq.kernels.triton_kernels import left_at, unpack_asm
 
 
 @gluon.jit
@@ -59,14 +59,14 @@ def members(t, ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, E: g
 
 
 @gluon.jit
-def codes(words, second, BITS: gl.constexpr, SLOT: gl.constexpr, DTYPE: gl.constexpr):
-    """Words [64, W] and their second plane -> the codes of a slot, plus the base."""
+def codes(words, second, BITS: gl.constexpr, SLOT: gl.constexpr, RUN: gl.constexpr, DTYPE: gl.constexpr):
+    """Words [64, W] and their second plane -> the codes of a slot, plus their base."""
     if gl.bfloat16 == DTYPE:
-        code = gl.inline_asm_elementwise(unpack_asm(BITS, SLOT, True, False, False), "=r,r,r", [words, second],
-                                         dtype=gl.bfloat16, is_pure=True, pack=2)  # fmt: skip
+        ASM: gl.constexpr = unpack_asm(BITS, SLOT, True, False, False, left_at(BITS, SLOT, RUN, 7))
+        code = gl.inline_asm_elementwise(ASM, "=r,r,r", [words, second], dtype=gl.bfloat16, is_pure=True, pack=2)
     else:
-        code = gl.inline_asm_elementwise(unpack_asm(BITS, SLOT, False, False, False), "=r,r,r", [words, second],
-                                         dtype=gl.float16, is_pure=True, pack=2)  # fmt: skip
+        ASM: gl.constexpr = unpack_asm(BITS, SLOT, False, False, False, left_at(BITS, SLOT, RUN, 10))
+        code = gl.inline_asm_elementwise(ASM, "=r,r,r", [words, second], dtype=gl.float16, is_pure=True, pack=2)
     return code
 
 
@@ -99,7 +99,8 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
     AHEAD: gl.constexpr = STAGES - 1
     PLANE: gl.constexpr = BITS == 3 or BITS == 6  # a byte for each word
     SLOT_BITS: gl.constexpr = 4 if BITS == 8 else BITS  # 8 bits: two times four
-    BASE: gl.constexpr = (128.0 if gl.bfloat16 == DTYPE else 1024.0) * (17 if BITS == 8 else 1)
+    TIMES: gl.constexpr = 17 if BITS == 8 else 1
+    ROOM: gl.constexpr = 7 if gl.bfloat16 == DTYPE else 10  # bits of a mantissa
     FULL: gl.constexpr = NP % BN == 0
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -118,7 +119,7 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
     if BITS == 8:
         us = gl.allocate_shared_memory(gl.int16, [STAGES, BN, W], w_smem)
     elif PLANE:
-        us = gl.allocate_shared_memory(gl.int16, [STAGES, BN, W // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        us = gl.allocate_shared_memory(gl.int16, [STAGES, BN, W // 2], gl.SwizzledSharedLayout(8, 4, W // 16, [1, 0]))
     ss = gl.allocate_shared_memory(gl.float16, [STAGES, G * BN], flat)
     zs = gl.allocate_shared_memory(gl.uint8, [STAGES, G * BN], flat)
     first = words + gl.multiple_of(gl.load(place), 8)
@@ -195,24 +196,25 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
             high = sums
             high_2 = sums
             counts = sums
+            base = TIMES * 2.0 ** (ROOM - left_at(SLOT_BITS, r * RUN, RUN, ROOM))
             for j in gl.static_range(RUN):
                 b = xs.index(at).slice((r * RUN + j) * W, W, dim=1).permute((1, 0)).load(B)
-                sums = mma_v2(codes(lo, hi, SLOT_BITS, r * RUN + j, DTYPE), b, sums)
+                sums = mma_v2(codes(lo, hi, SLOT_BITS, r * RUN + j, RUN, DTYPE), b, sums)
                 if BITS == 8:
-                    high = mma_v2(codes(hi, hi, SLOT_BITS, r * RUN + j, DTYPE), b, high)
+                    high = mma_v2(codes(hi, hi, SLOT_BITS, r * RUN + j, RUN, DTYPE), b, high)
                 if HALVES == 2:
-                    sums_2 = mma_v2(codes(lo_2, hi_2, SLOT_BITS, r * RUN + j, DTYPE), b, sums_2)
+                    sums_2 = mma_v2(codes(lo_2, hi_2, SLOT_BITS, r * RUN + j, RUN, DTYPE), b, sums_2)
                     if BITS == 8:
-                        high_2 = mma_v2(codes(hi_2, hi_2, SLOT_BITS, r * RUN + j, DTYPE), b, high_2)
+                        high_2 = mma_v2(codes(hi_2, hi_2, SLOT_BITS, r * RUN + j, RUN, DTYPE), b, high_2)
                 counts = mma_v2(one, b, counts)
             scale = ss.index(at).slice(r * BN, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
-            less = -BASE - zs.index(at).slice(r * BN, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
+            less = -base - zs.index(at).slice(r * BN, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
             if BITS == 8:
                 sums = sums + 16.0 * high
             acc += scale * (sums + less * counts)
             if HALVES == 2:
                 scale = ss.index(at).slice(r * BN + 64, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
-                less = -BASE - zs.index(at).slice(r * BN + 64, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
+                less = -base - zs.index(at).slice(r * BN + 64, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
                 if BITS == 8:
                     sums_2 = sums_2 + 16.0 * high_2
                 acc_2 += scale * (sums_2 + less * counts)

@@ -87,19 +87,20 @@ def linear(layer: Layer, x: Tensor, y: Tensor) -> None:
     """y [T, N] = x [T, K] times the transpose of a layer's only matrix."""
     from mopeq.kernels.hopper_kernels import many
 
-    made, ints = layer.arena, dict(dtype=torch.int32, device=x.device)
-    start = torch.arange(0, len(x), TILE, **ints)  # type: ignore[call-overload]
-    routed = [torch.arange(len(x), **ints), torch.zeros_like(start), start, torch.full_like(start, len(x))]  # type: ignore[call-overload]
+    made = layer.arena
     source = (made.table, made.data.view(torch.int32), layer.words, made.data, layer.halves)
     of_it = dict(P=0, E=1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
-    launch(UPPER, many, x, y, source, (None, None), routed, made.layouts["down"], **PLAIN, **of_it)
+    launch(UPPER, many, x, y, source, (None, None), None, made.layouts["down"], **PLAIN, **of_it)
 
 
-def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, routed: list[Tensor], lay: Layout,
-           **rest: Any) -> None:  # fmt: skip
-    """y[pair] from x by the matrices that lie as `lay` says."""
-    grid = (-(-lay.out_features // cut.rows), len(routed[1]) * (TILE // cut.pairs))
+def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, routed: list[Tensor] | None,
+           lay: Layout, **rest: Any) -> None:  # fmt: skip
+    """y[pair] from x by the matrices that lie as `lay` says; `routed` None: each row of x by the only one."""
+    tiles = -(-len(x) // TILE) if routed is None else len(routed[1])
+    grid = (-(-lay.out_features // cut.rows), tiles * (TILE // cut.pairs))
+    tables: list[Any] = [None] * 4 if routed is None else routed
     many[grid](
-        x, y, *source, *biases, *routed, N=lay.out_features, K=lay.in_features, W=lay.words, GROUP=lay.group,
-        TILE=TILE, BN=cut.rows, BM=cut.pairs, STAGES=cut.stages, num_warps=cut.warps, **rest,
+        x, y, *source, *biases, *tables, len(x), LONE=routed is None, N=lay.out_features,
+        K=lay.in_features, W=lay.words, GROUP=lay.group, TILE=TILE, BN=cut.rows, BM=cut.pairs, STAGES=cut.stages,
+        num_warps=cut.warps, **rest,
     )  # fmt: skip

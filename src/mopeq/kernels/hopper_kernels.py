@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from mopeq.kernels.triton_kernels import SILU, activated, subtrahend, unpack_asm
+from mopeq.kernels.triton_kernels import SILU, activated, left_at, subtrahend, unpack_asm
 
 # Triton 3.6 has other names for them than later versions
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -47,16 +47,19 @@ def fetch(i, first, second, x, x_at, x_k, xs, ws, us, w_at, w_there, u_at, u_the
 
 
 @gluon.jit
-def unpacked(words, second, less, times, BITS: gl.constexpr, SLOT: gl.constexpr, DTYPE: gl.constexpr, A: gl.constexpr):
+def unpacked(words, second, less, times, BITS: gl.constexpr, SLOT: gl.constexpr, RUN: gl.constexpr,
+             DTYPE: gl.constexpr, A: gl.constexpr):  # fmt: skip
     """Pairs of words [BN, W / 2] and their second plane -> the weights [BN, W] of a slot."""
     PLANE: gl.constexpr = BITS == 3 or BITS == 6
     kinds: gl.constexpr = "=h,=h,r,h,r,r" if PLANE else "=h,=h,r,r,r,r"
     if gl.bfloat16 == DTYPE:
-        a, b = gl.inline_asm_elementwise(unpack_asm(BITS, SLOT, True, True, True), kinds, [words, second, less, times],
-                                         dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
+        ASM: gl.constexpr = unpack_asm(BITS, SLOT, True, True, True, left_at(BITS, SLOT, RUN, 7))
+        a, b = gl.inline_asm_elementwise(ASM, kinds, [words, second, less, times], dtype=(gl.bfloat16, gl.bfloat16),
+                                         is_pure=True, pack=1)  # fmt: skip
     else:
-        a, b = gl.inline_asm_elementwise(unpack_asm(BITS, SLOT, False, True, True), kinds, [words, second, less, times],
-                                         dtype=(gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
+        ASM: gl.constexpr = unpack_asm(BITS, SLOT, False, True, True, left_at(BITS, SLOT, RUN, 10))
+        a, b = gl.inline_asm_elementwise(ASM, kinds, [words, second, less, times], dtype=(gl.float16, gl.float16),
+                                         is_pure=True, pack=1)  # fmt: skip
     return gl.convert_layout(gl.join(a, b).reshape([words.shape[0], words.shape[1] * 2]), A, assert_trivial=True)
 
 
@@ -82,14 +85,17 @@ def product_of(place, words, pairs, bytes, halves, n0, x, x_row, BITS: gl.conste
     AHEAD: gl.constexpr = STAGES - 1
     RING: gl.constexpr = (AHEAD + R - 1) // R + 1
     GROUPS: gl.constexpr = 2 if GROUP % 64 != 0 else 1  # of a stage
+    RUN: gl.constexpr = Q // GROUPS  # slots that share `less`
+    ROOM: gl.constexpr = 7 if gl.bfloat16 == DTYPE else 10  # bits of a mantissa
     PLANE: gl.constexpr = BITS == 3 or BITS == 6  # a byte for each word
+    KEEP: gl.constexpr = BN * BM <= 64 * 32 * NW  # the words of a tile, where sums leave registers for them
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     PAIRS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)
     H: gl.constexpr = W // 2
     WL: gl.constexpr = gl.BlockedLayout([1, 4], [256 // W, W // 8], [NW, 1], [1, 0])
     UL: gl.constexpr = gl.BlockedLayout([1, 8], [512 // W, W // 16], [NW, 1], [1, 0])
     w_smem: gl.constexpr = gl.SwizzledSharedLayout(4, 64 // W, W // 8, [1, 0])
-    u_smem: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    u_smem: gl.constexpr = gl.SwizzledSharedLayout(8, 4, W // 16, [1, 0])
     x_smem: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     xs = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], x_smem)
     ws = gl.allocate_shared_memory(gl.int32, [RING, BN, H], w_smem)
@@ -139,12 +145,13 @@ def product_of(place, words, pairs, bytes, halves, n0, x, x_row, BITS: gl.conste
             i = t * R + r
             async_copy.wait_group(AHEAD - 1)
             fence_async_shared()
-            less = twice(subtrahend(zero, BITS, DTYPE, True).to(DTYPE))
+            less = twice(subtrahend(zero, BITS, DTYPE, True, left_at(BITS, r * Q, RUN, ROOM)).to(DTYPE))
             times = twice(scale.to(gl.float32).to(DTYPE))
             less_2 = less
             times_2 = times
             if GROUPS == 2:
-                less_2 = twice(subtrahend(zero_2, BITS, DTYPE, True).to(DTYPE))
+                less_2 = subtrahend(zero_2, BITS, DTYPE, True, left_at(BITS, r * Q + Q // 2, RUN, ROOM))
+                less_2 = twice(less_2.to(DTYPE))
                 times_2 = twice(scale_2.to(gl.float32).to(DTYPE))
             k = (i + 1) * BK  # the next stage's
             at = (k // group) * NP + n
@@ -155,14 +162,15 @@ def product_of(place, words, pairs, bytes, halves, n0, x, x_row, BITS: gl.conste
                 scale_2 = gl.load(scales + at, mask=n_there & (k + 32 < K), other=0.0)
                 zero_2 = gl.load(zeros + at, mask=n_there & (k + 32 < K), other=0)
             for q in gl.static_range(Q):
-                lo = ws.index(t % RING).load(PAIRS)
-                hi = lo
-                if BITS == 8 or PLANE:
-                    hi = us.index(t % RING).load(PAIRS)
+                if not KEEP or (r == 0 and q == 0):
+                    lo = ws.index(t % RING).load(PAIRS)
+                    hi = lo
+                    if BITS == 8 or PLANE:
+                        hi = us.index(t % RING).load(PAIRS)
                 if q * W < 32:
-                    a = unpacked(lo, hi, less[:, None], times[:, None], BITS, r * Q + q, DTYPE, A)
+                    a = unpacked(lo, hi, less[:, None], times[:, None], BITS, r * Q + q, RUN, DTYPE, A)
                 else:
-                    a = unpacked(lo, hi, less_2[:, None], times_2[:, None], BITS, r * Q + q, DTYPE, A)
+                    a = unpacked(lo, hi, less_2[:, None], times_2[:, None], BITS, r * Q + q, RUN, DTYPE, A)
                 x_q = xs.index(i % STAGES).permute((1, 0)).slice(q * W, W, dim=0)
                 acc = warpgroup_mma(a, x_q, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=[acc])
@@ -207,22 +215,26 @@ def gated(gate, up, GATED: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
 
 
 @gluon.jit
-def tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, P: gl.constexpr,
-         CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr, K: gl.constexpr, W: gl.constexpr,
-         GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
-         LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
-         STAGES: gl.constexpr):  # fmt: skip
+def tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs,
+         LONE: gl.constexpr, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr,
+         K: gl.constexpr, W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr,
+         ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr,
+         BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """One tile of h[pair]: act(gate x) * (up x) by matrices P, P + 1; ACT == 0: matrix P of x, without bias."""
     NW: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, BM, 16])
     XL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [NW, 1], [1, 0])
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, NW], [0, 1])
     j = start + gl.arange(0, BM, layout=gl.SliceLayout(1, XL))
-    x_row = gl.load(sorted_pairs + j, mask=j < end, other=0) // CHOICES * K  # rows that are not there: the first
     j_out = start + gl.arange(0, BM, layout=gl.SliceLayout(0, OUT))
     n = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, OUT))
-    pair = gl.load(sorted_pairs + j_out, mask=j_out < end, other=0).to(gl.int64)
-    to = pair[None, :] * N + n[:, None]
+    if LONE:
+        x_row = gl.where(j < end, j, 0) * K  # rows that are not there: the first
+        pair = j_out
+    else:
+        x_row = gl.load(sorted_pairs + j, mask=j < end, other=0) // CHOICES * K
+        pair = gl.load(sorted_pairs + j_out, mask=j_out < end, other=0)
+    to = pair.to(gl.int64)[None, :] * N + n[:, None]
     mask = (j_out < end)[None, :] & (n < N)[:, None]
     for side in range(0, 2 if ACT > 0 and GATED else 1):  # gate, then up
         y = one(e, P + side, table, words, pairs, bytes, halves, n0, x, x_row, E, N, K, W, GROUP, UNIFORM, BN, BM,
@@ -245,28 +257,36 @@ def tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate,
         gl.store(h + to, y, mask=mask)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows"])
 def many(x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, tile_expert, tile_start, tile_end,
-         P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr, K: gl.constexpr, W: gl.constexpr,
-         GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
-         LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr, TILE: gl.constexpr, BN: gl.constexpr,
-         BM: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """BM pairs of a tile of TILE times BN rows; where fewer are left, half or a quarter as many."""
+         rows, LONE: gl.constexpr, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr,
+         K: gl.constexpr, W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr,
+         ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr,
+         TILE: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """BM pairs of a tile of TILE times BN rows; where fewer are left, half or a quarter as many.
+
+    LONE: there is one matrix, and a pair is one of the `rows` of x.
+    """
     t = gl.program_id(1) // (TILE // BM)
     n0 = gl.program_id(0) * BN
-    e = gl.load(tile_expert + t)
-    if e >= 0:
-        start = gl.load(tile_start + t) + gl.program_id(1) % (TILE // BM) * BM
+    e = 0
+    start = t * TILE
+    end = rows
+    if not LONE:
+        e = gl.load(tile_expert + t)
+        start = gl.load(tile_start + t)
         end = gl.load(tile_end + t)
+    start += gl.program_id(1) % (TILE // BM) * BM
+    if e >= 0:
         if end - start > BM // 2:
-            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, P,
+            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
                  CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM,
                  STAGES)  # fmt: skip
         elif end - start > BM // 4:
-            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, P,
+            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
                  CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM // 2,
                  STAGES)  # fmt: skip
         elif end > start:
-            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, P,
+            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
                  CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM // 4,
                  STAGES)  # fmt: skip

@@ -324,7 +324,8 @@ def routing(ids: Tensor, experts: int, each: int) -> list[Tensor]:
     shape = dict(E=experts, EP=padded, C=SORTED, num_warps=8)
     counts = ids.new_empty(blocks, padded, dtype=torch.int32)
     kernels.counting[(blocks,)](ids, pairs, counts, EARLY=starts_early(ids), **shape)
-    kernels.sorting[(blocks,)](ids, pairs, counts, blocks, tiles, *made, BM=each, **shape, **following(ids))
+    programs = max(blocks, -(-tiles // 64))  # each writes 64 tiles, so that few pairs do not wait for one to write all
+    kernels.sorting[(programs,)](ids, pairs, counts, blocks, tiles, *made, BM=each, **shape, **following(ids))
     return made
 
 

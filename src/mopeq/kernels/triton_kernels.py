@@ -2,11 +2,11 @@
 
 A program makes BM pairs (token, choice) of one expert times BN rows of its matrices. The weights are the left operand
 of the tensor cores, made in registers from the words (`kernels/arena.py`): one shift and one mask that also sets the
-exponent of 128 (bf16) or 1024 (fp16) give two codes plus that base. Of few pairs there are few sums, so there (LATE)
-the tensor cores multiply just that, and a group's sum loses base and zero point and gets its scale afterwards; else
-each weight does, by a subtraction and a multiplication for two. Few pairs also leave most of the GPU idle, so there
-SPLIT programs share a reduction and the next kernel adds their parts. Nothing is added atomically: every run gives the
-same bits.
+exponent of 128 (bf16) or 1024 (fp16) give two codes plus that base; at an exponent lower by n, a code n bits further up
+needs no shift (`left_at`, used by the Gluon kernels). Of few pairs there are few sums, so there (LATE) the tensor cores
+multiply just that, and a group's sum loses base and zero point and gets its scale afterwards; else each weight does, by
+a subtraction and a multiplication for two. Few pairs also leave most of the GPU idle, so there SPLIT programs share a
+reduction and the next kernel adds their parts. Nothing is added atomically: every run gives the same bits.
 
 WIDTHS is the set of arena widths in use, as bits of an integer, so that only their loops are compiled. PTX chooses
 NVIDIA's packed instructions; without it plain Triton operations do the same (other GPUs, the interpreter).
@@ -30,14 +30,27 @@ pieces = triton.constexpr_function(arena.pieces)
 
 
 @triton.constexpr_function
-def unpack_asm(bits, slot, bf16, scaled, pairs):
-    """PTX that makes two weights of a slot, or, unless `scaled`, their codes plus the base.
+def left_at(bits, slot, run, room):
+    """The bit of a mantissa of `room` bits at which a slot's code may be left: the same for the `run` slots that share
+    a scale, since what is to be taken off their sum depends on it."""
+    found = set()
+    for other in range(slot // run * run, slot // run * run + run):
+        plane, first, _, _ = pieces(bits, other)[0]
+        at = first % (4 if plane else 8)
+        found.add(at if at + bits <= room else 0)
+    return found.pop() if len(found) == 1 else 0
+
+
+@triton.constexpr_function
+def unpack_asm(bits, slot, bf16, scaled, pairs, left=0):
+    """PTX that makes two weights of a slot, or, unless `scaled`, their codes plus the base; codes are `left` at a bit.
 
     $1 two words, $2 their second plane, and if scaled $3 two of -(base + zero), $4 two scales -> $0 two weights. With
     `pairs` the results are $0 and $1, all else follows, and a second plane of bytes comes as two of them in 16 bits.
     8 bits in bf16 exceed the mantissa, so there each half of the code is made apart and $3 is -zero.
     """
-    kind, base, one = ("bf16x2", "0x43004300", "0x3F803F80") if bf16 else ("f16x2", "0x64006400", "0x3C003C00")
+    kind, one = ("bf16x2", "0x3F803F80") if bf16 else ("f16x2", "0x3C003C00")
+    base = f"0x{(0x4300 - (left << 7) if bf16 else 0x6400 - (left << 10)) * 0x10001:08X}"
     names = ["{$0, $1}", "$2", "$3", "$4", "$5"] if pairs else ["$0", "$1", "$2", "$3", "$4"]
     lines = ["{ .reg .b32 t, u, one, minus, sixteen;"]
     second = names[2]
@@ -47,7 +60,7 @@ def unpack_asm(bits, slot, bf16, scaled, pairs):
     wide = bits == 8 and bf16
     started = False
     for piece in pieces(bits, slot):
-        to = 0 if wide else piece[3]
+        to = 0 if wide else piece[3] + left
         mask = ((1 << piece[2]) - 1) << to
         both = f"0x{mask << 16 | mask:08X}"
         move = piece[1] - to
@@ -121,10 +134,10 @@ def unpack_late(words, second, BITS: tl.constexpr, SLOT: tl.constexpr, DTYPE: tl
 
 
 @triton.jit
-def subtrahend(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def subtrahend(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr, LEFT: tl.constexpr = 0):
     """Minus the zero point, and minus the base where unpacking leaves that in; float32."""
     base: tl.constexpr = 0.0 if not PTX else 1024.0 if tl.bfloat16 != DTYPE else 0.0 if BITS == 8 else 128.0
-    return -base - zero.to(tl.float32)
+    return -base / 2**LEFT - zero.to(tl.float32)
 
 
 @triton.jit
@@ -151,7 +164,6 @@ def product_of(acc, place, part, words, bytes, halves, n, x, x_row, x_ok, BITS: 
     DTYPE: tl.constexpr = x.dtype.element_ty
     NP: tl.constexpr = (N + 15) // 16 * 16
     S: tl.constexpr = 8 if BITS <= 3 else 4
-    LOW: tl.constexpr = 2 if BITS <= 3 else 4
     Q: tl.constexpr = min(S, SLOTS)
     TILES: tl.constexpr = (K + S * W - 1) // (S * W)
     STEPS: tl.constexpr = (TILES * (S // Q) + SPLIT - 1) // SPLIT
@@ -186,9 +198,9 @@ def product_of(acc, place, part, words, bytes, halves, n, x, x_row, x_ok, BITS: 
             hi = tl.load(bytes + at_second + at, mask=there, other=0).to(tl.int16)
         if Q < S:
             sub = step % (S // Q)
-            lo = shifted(lo, sub * (Q * LOW), PTX)
-            if BITS == 3 or BITS > 4:
-                hi = shifted(hi, sub * (Q * (BITS - LOW)), PTX)
+            lo = shifted(lo, sub * (4 if BITS == 2 else 8), PTX)  # slots 4 … 7 to where 0 … 3 were
+            if BITS == 3:
+                hi = shifted(hi, sub * 4, PTX)
         for r in tl.static_range(Q // RUN):
             k = k0 + r * (RUN * W)
             s_there = n < NP
