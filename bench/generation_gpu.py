@@ -5,8 +5,8 @@
 Each step is one CUDA graph over a fixed cache, the next token included; one sequence, from an empty cache. `packed` has
 mopeq's experts (2, 3, 4 bits in equal shares, group 64), `all_packed` also every other matrix but routers at 4 bits, as
 `--other-bits 4` makes them; `grouped_mm` and `batched_mm` are transformers' two ways in bf16; `gemv` is bf16 by the
-gather-GEMV that `mopeq bench` compares with. --compile has torch.compile make each decoder layer, but for packed
-modules and `gemv` experts, which it steps around (it would compile each layer anew). Everything else is the same.
+gather-GEMV that `mopeq bench` compares with. --compile has torch.compile make the whole model, in one graph: packed
+modules and `gemv` experts are one operator each in it. Everything else is the same.
 """
 
 from __future__ import annotations
@@ -50,6 +50,21 @@ class FixedCache:
         return 0
 
 
+@torch.library.custom_op("bench::gemv", mutates_args=())
+def gathered(w: Tensor, x: Tensor, ids: Tensor, choices: int, columns: int) -> Tensor:
+    """[pairs, N]: each pair's expert's matrix of w [E, N, K] times its row of x."""
+    from mopeq.verbs.gemv import gemv
+
+    y = x.new_empty(ids.numel(), w.shape[1])
+    gemv[(-(-w.shape[1] // 8), ids.numel())](w, x, y, ids, w.shape[2], w.shape[1], choices, 8, columns)
+    return y
+
+
+@gathered.register_fake
+def _(w: Tensor, x: Tensor, ids: Tensor, choices: int, columns: int) -> Tensor:
+    return x.new_empty(ids.numel(), w.shape[1])
+
+
 class GemvExperts(nn.Module):
     """bf16 experts by a gather-GEMV: the best bf16 we know for one token."""
 
@@ -58,17 +73,14 @@ class GemvExperts(nn.Module):
         self.top, self.down = original.gate_up_proj, original.down_proj
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        from mopeq.verbs.gemv import gemv
-
-        pairs, ids, k, (_, hidden, inner) = index.numel(), index.flatten(), index.shape[1], self.down.shape
-        top, out = x.new_empty(pairs, 2 * inner), x.new_empty(pairs, hidden)
-        gemv[(-(-2 * inner // 8), pairs)](self.top, x, top, ids, hidden, 2 * inner, k, 8, 512)
+        ids, k, (_, hidden, inner) = index.flatten(), index.shape[1], self.down.shape
+        top = gathered(self.top, x, ids, k, 512)
         h = silu(top[:, :inner]) * top[:, inner:]
-        gemv[(-(-hidden // 8), pairs)](self.down, h, out, ids, inner, hidden, 1, 8, 256)
+        out = gathered(self.down, h, ids, 1, 256)
         return (out.view(-1, k, hidden) * weight.to(out.dtype)[..., None]).sum(1)
 
 
-def pack_the_rest(model: Any, device: str, opaque: bool) -> None:
+def pack_the_rest(model: Any, device: str) -> None:
     """Every linear layer and the embedding but routers (which are no such modules), as random codes of 4 bits."""
     from mopeq.nouns import Format
     from mopeq.plugins.matrices import PackedEmbedding, PackedLinear
@@ -85,12 +97,10 @@ def pack_the_rest(model: Any, device: str, opaque: bool) -> None:
                 value = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
             setattr(made, suffix, nn.Parameter(value, requires_grad=False))
         made.seal()
-        if opaque:
-            made.forward = torch.compiler.disable(made.forward)
         model.set_submodule(name, made)
 
 
-def model_of(way: str, shape: Shape, sizes: dict[str, int], device: str, dtype: torch.dtype, opaque: bool) -> Any:
+def model_of(way: str, shape: Shape, sizes: dict[str, int], device: str, dtype: torch.dtype) -> Any:
     """The model, its experts in that `way`."""
     from transformers import AutoModelForCausalLM, DeepseekV2Config
 
@@ -119,36 +129,37 @@ def model_of(way: str, shape: Shape, sizes: dict[str, int], device: str, dtype: 
             moe.experts = random_experts(shape, WIDTHS, device, seed=seed)
         elif way == "gemv":
             moe.experts = GemvExperts(moe.experts)
-        if opaque and (packed or way == "gemv"):
-            moe.experts.forward = torch.compiler.disable(moe.experts.forward)
     if way == "all_packed":
-        pack_the_rest(model, device, opaque)
+        pack_the_rest(model, device)
     return model
 
 
-def with_cache(layer: nn.Module, cache: FixedCache, forward: Callable[..., Any]) -> Callable[..., Any]:
+def with_cache(cache: FixedCache, forward: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return forward(layer, *args, **kwargs | {"past_key_values": cache})
+        return forward(*args, **kwargs | {"past_key_values": cache})
 
     return call
 
 
-def rate(model: Any, device: str, compiled: Callable[..., Any] | None) -> tuple[float, int]:
+def rate(model: Any, device: str, compiled: bool) -> tuple[float, int]:
     """(tokens a second, how many different ones)."""
     ids, at, made = (torch.zeros(*size, dtype=torch.long, device=device) for size in ((1, 1), (1,), (CACHE,)))
     for layer in model.model.layers:
-        layer.self_attn.layer_idx = 0  # each has a cache of its own, so that one compiled layer serves for all
-        layer.forward = with_cache(layer, FixedCache(at), compiled or type(layer).forward)
+        layer.forward = with_cache(FixedCache(at), layer.forward)
+    forward = model
     places = torch.arange(CACHE, device=device)
 
     def step() -> None:
         mask = (places <= at)[None, None, None]
-        out = model(input_ids=ids, position_ids=at[None], attention_mask=mask, past_key_values=FixedCache(at))
+        out = forward(input_ids=ids, position_ids=at[None], attention_mask=mask, past_key_values=FixedCache(at))
         ids.copy_(out.logits[:, -1:].argmax(-1))
         made.index_copy_(0, at, ids[0])
         at.add_(1)
 
     with torch.inference_mode():
+        step()  # which makes the caches
+        if compiled:
+            forward = torch.compile(model, dynamic=False, fullgraph=True)
         for _ in range(3):
             step()
         replay: Callable[[], Any] = step
@@ -181,15 +192,13 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = ("cpu", torch.float32) if args.small else ("cuda", torch.bfloat16)
     shape, sizes = (Shape(64, 32, 8, 2), SMALL) if args.small else (SHAPES["DeepSeek-VL2-Base"], BASE)
-    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2DecoderLayer
-
     for way in args.ways:
-        compiled = torch.compile(DeepseekV2DecoderLayer.forward, dynamic=False) if args.compile else None
-        model = model_of(way, shape, sizes, device, dtype, args.compile)
-        found, different = rate(model, device, compiled)
+        model = model_of(way, shape, sizes, device, dtype)
+        found, different = rate(model, device, args.compile)
         weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         print(f"{way}: {found:.1f} tokens/s, weights {weights / 1e9:.3f} GB, {different} different tokens", flush=True)
         del model
+        torch.compiler.reset()
         if device != "cpu":
             torch.cuda.empty_cache()
 

@@ -85,6 +85,23 @@ def test_one_graph_for_the_compiler() -> None:
             assert torch.equal(torch.compile(m, fullgraph=True, backend="aot_eager")(x), m(x))
 
 
+@needs_library
+def test_modules_compiled_one_by_one_share_a_graph() -> None:
+    """With the setting that docs/serving.md names: else each would be compiled for its own number."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    modules = [packed(PackedLinear, 24, 96, Format(4, 32, "a")) for _ in range(5)]
+    x = torch.randn(2, 96)
+    with torch.no_grad(), torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        for m in modules:
+            m.compile(fullgraph=True, backend="aot_eager")
+            assert torch.equal(m(x), m.forward(x))
+    assert counters["stats"]["unique_graphs"] == 2  # the second learns that numbers differ
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_an_embedding_and_a_head_tied_to_it(bits: int) -> None:
     table = packed(PackedEmbedding, 43, 80, Format(bits, 32, "a"))
