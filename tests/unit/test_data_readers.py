@@ -243,7 +243,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ('["text"]', ["list"]),
         ('{"txet": "a"}', ["txet"]),
         ("{}", ["none"]),
-        ('{"text": 3}', ["its text is a int"]),
+        ('{"text": 3}', ["its text is of type int"]),
         ('{"text": "\\ud800"}', ["half a character"]),
         ('{"question": ["a"]}', ["question"]),
         ('{"question": "a", "image": 7}', ["int"]),

@@ -175,7 +175,7 @@ def test_not_a_number_is_refused_and_named() -> None:
 
 
 def test_nothing_to_measure_is_said() -> None:
-    with pytest.raises(MopeqError, match="no position"):
+    with pytest.raises(BadInput, match="no position"):
         compare([], table_model(0, 5), table_model(1, 5))
 
 

@@ -144,7 +144,7 @@ def _jsonl_item(line: str, path: Path, where: str) -> Item:
     if isinstance(row.get("text"), str):
         return Item(text=row["text"], meta=meta)
     if "text" in row:
-        raise BadInput(f"{where}: its text is a {type(row['text']).__name__}", 'write {"text": "…"}, in quotes')
+        raise BadInput(f"{where}: its text is of type {type(row['text']).__name__}", 'write {"text": "…"}, in quotes')
     raise BadInput(
         f"{where}: the keys are {', '.join(row) or 'none'}",
         'a line is {"text"}, {"messages", "images"} or {"image", "question", "answer"}',
@@ -363,7 +363,7 @@ def _measure(image: bytes | Path, where: str) -> None:
 def _image(ref: Any, folder: Path, where: str) -> bytes | Path:
     """A picture named in a data file: a path, a data: address, or bare base64."""
     if not isinstance(ref, str) or not ref:
-        raise BadInput(f"{where}: a picture is a {type(ref).__name__}", "give a path or base64 text")
+        raise BadInput(f"{where}: a picture is of type {type(ref).__name__}", "give a path or base64 text")
     if ref.startswith("data:"):
         return _base64(ref.partition("base64,")[2], where)
     if "://" in ref:

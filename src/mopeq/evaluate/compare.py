@@ -106,7 +106,7 @@ def compare(batches: Iterable[Batch], original: Logits | None, packed: Logits, c
       [B, T] bool (optional, kept from the model), and whatever else the models take
     original, packed: batch -> logits [B, T, V], any float dtype, any device
     chunk: positions turned to float32 at a time; as many as CHUNK_ELEMENTS allows if None. Changes no result
-    MopeqError if a model gives NaN, if there is nothing to measure, or if the two have not the same vocabulary.
+    MopeqError if a model gives NaN; BadInput if there is nothing to measure, or the two have not the same vocabulary.
     """
     sums = {"text": _Sums(), "image": _Sums()}
     with torch.no_grad():
@@ -122,7 +122,7 @@ def compare(batches: Iterable[Batch], original: Logits | None, packed: Logits, c
                 _add_row(sums, batch, row, ours[row], None if theirs is None else theirs[row], chunk)
     parts = {name: _part([one], original is not None) for name, one in sums.items() if one.rows}
     if not parts:
-        raise MopeqError("no position to measure: the data holds no text and no answers", "give more data")
+        raise BadInput("no position to measure: the data holds no text and no answers", "give more data")
     rows = [row for one in sums.values() for row in one.rows]
     return Comparison(_part(list(sums.values()), original is not None), parts, rows)
 
