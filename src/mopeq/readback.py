@@ -24,7 +24,7 @@ from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, PrecisionMap
 from mopeq.packed import unsealed_allowed
 from mopeq.plan import other_outputs
 from mopeq.progress import say
-from mopeq.seam import Adapted, model_layers, renamer
+from mopeq.seam import Adapted, model_layers, renamer, weights
 from mopeq.stream import read_tensor
 from mopeq.walk.parts import CannotWalk, Parts, empty_model
 from mopeq.walk.walking import Walk
@@ -56,7 +56,7 @@ def check_model(source: Path, spec: MoESpec, other: Format | None) -> None:
             "the file is damaged, or of another checkpoint",
         ) from None
     try:
-        model_layers(spec, model)
+        refuse_unfit_experts(spec, model)
         refuse_unfit(spec, model)
         if other is not None:
             experts: dict[str, Any] = {layer.prefix: {} for layer in spec.layers}
@@ -64,6 +64,18 @@ def check_model(source: Path, spec: MoESpec, other: Format | None) -> None:
             quantizer.pack_others(model, {t.name for t in other_outputs(spec, other)}, other)
     except MopeqError as problem:
         raise BadInput(problem.line, problem.hint) from None
+
+
+def refuse_unfit_experts(spec: MoESpec, model: Any) -> None:
+    """BadInput naming the first experts of the source whose shapes are not those that the model's module has."""
+    for layer, module in model_layers(spec, model):
+        for p, w in weights(module).items():
+            have, by_config = layer.shapes[p], tuple(w.shape[1:])
+            if have != by_config:
+                raise BadInput(
+                    f"{layer.prefix}: {p} is {list(have)} in the weights, {list(by_config)} by config.json",
+                    "config and weights belong to different checkpoints",
+                )
 
 
 def refuse_unfit(spec: MoESpec, model: Any) -> None:

@@ -120,6 +120,7 @@ def test_other_expert_counts(model: Path, tmp_path: Path) -> None:
     [
         ({"hidden_size": 32}, "in the weights"),
         ({"vocab_size": 999}, "[999, 64] by config.json"),
+        ({"intermediate_size": 44}, "gate is [40, 64] in the weights, [44, 64] by config.json"),
         ({"hidden_size": "64"}, "expected int, got str"),
         ({"num_hidden_layers": 3}, "model.layers.2.mlp.experts has no counterpart"),
         ({"hidden_act": "nonesuch"}, "cannot build the model"),
