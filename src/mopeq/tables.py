@@ -5,6 +5,7 @@ A table is a plain dict `{name: Row("mopeq.quant.rtn:quantize", "what it is, in 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,9 +26,8 @@ class Row:
 
 def pick(table: Mapping[str, Row], name: str, what: str) -> Any:
     """The function that `name` stands for in `table`; BadInput naming the choices if there is none."""
-    row(table, name, what)
-    module, function = table[name].where.split(":")
-    return getattr(import_module(module), function)
+    module, function = row(table, name, what).where.split(":")
+    return getattr(sys.modules.get(module) or import_module(module), function)  # it is asked for each layer of a token
 
 
 def row(table: Mapping[str, Row], name: str, what: str) -> Row:

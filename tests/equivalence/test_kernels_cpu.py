@@ -16,7 +16,8 @@ import pytest
 import torch
 from test_kernels import CASES, MODULES, distance, pack_module, routing, written_out
 
-from mopeq.kernels import build, choose, cpu, ref
+from mopeq.kernels import build, cpu, ref
+from mopeq.kernels.choice import choose
 from mopeq.nouns import Format
 from mopeq.tensors import pack_bits, unpack_bits
 from mopeq.verbs.layers import Shape, random_experts, random_routing
@@ -56,16 +57,18 @@ def test_agrees_with_the_reference(kind: str, case: str) -> None:
     found = cpu.experts_forward(packed, x.float(), index, weight.float()).detach()
     assert found.dtype == torch.float32 and found.shape == x.shape and bool(torch.isfinite(found).all())
     assert distance(found, wanted) < 1e-5
-    assert cpu.layer_of(packed).whole == (kind == "olmoe")  # the others' gates, biases and norms are torch's
+    whole = cpu.kept_of(packed, cpu.of_experts).whole
+    assert (whole is not None) == (kind == "olmoe")  # the others' gates, biases and norms are torch's
 
 
 def whole_layer(layer: Any, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, level: int) -> torch.Tensor:
     """The layer's output by one call, twice, in memory full of NaN."""
-    assert cpu.layer_of(layer).whole
+    whole = cpu.kept_of(layer, cpu.of_experts).whole
+    assert whole is not None
     found = []
     for _ in range(2):
         found.append(torch.empty(len(x), layer.shapes["down"][0]))
-        cpu.call(cpu.tables_of(layer, ["gate", "up", "down"]), x, index, weight, found[-1:], level)
+        cpu.call(whole, x, index, weight, found[-1:], level)
         cpu._rooms.room.fill_(255)
     assert torch.equal(*found)
     return found[0]

@@ -18,9 +18,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are importe
 if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.experimental.gluon") is None:
     pytest.skip("Triton's Gluon is not installed", allow_module_level=True)
 
-from mopeq import kernels
 from mopeq.kernels import few, hopper
 from mopeq.kernels import triton as ours
+from mopeq.kernels.choice import choose_linear
 from mopeq.nouns import Format
 from mopeq.plugins.matrices import PackedLinear
 from mopeq.quant.rtn import quantize
@@ -150,7 +150,7 @@ def test_what_a_matrix_is_given(tokens: int, on_cpu: Any, monkeypatch: Any) -> N
     w = matrix.rows(slice(None), torch.float64)
     followed = on_cpu({0: lambda e: w})
     matrix.arena()
-    assert kernels.choose_linear(matrix, x.float()) == "torch"
+    assert choose_linear(matrix, x.float()) == "torch"
     found = ours.linear(matrix, x)
     assert followed.calls == (tokens > 0) and found.shape == (tokens, 80) and found.dtype == torch.float16
     assert tokens == 0 or distance(found, x.double() @ w.T) < 2e-3

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mopeq.kernels import build, choose_linear, cpu, grouped
+from mopeq.kernels import build, cpu, grouped
+from mopeq.kernels.choice import choose_linear
 from mopeq.nouns import Format
 from mopeq.plugins.matrices import PackedEmbedding, PackedLinear, PackedMatrix, TiedLinear
 from mopeq.quant import rtn
@@ -51,6 +52,22 @@ def test_a_linear_layer(bits: int, scheme: str) -> None:
             assert apart(grouped.linear(module, x) + module.bias, wanted) < 1e-5
             low = cpu.linear(module, x.bfloat16())
             assert low.dtype == torch.bfloat16 and apart(low, x.bfloat16().double() @ truth.T) < 4e-3
+
+
+@needs_library
+def test_what_is_kept_for_a_matrix_follows_its_tensors() -> None:
+    """Other tensors in their place, other values in them, and a copy of the module."""
+    module, other = (packed(PackedLinear, 24, 96, Format(4, 32, "a")) for _ in range(2))
+    x = torch.randn(2, 96)
+    before = cpu.linear(module, x)
+    copied = deepcopy(module)
+    copied.scales_.zero_()
+    assert bool((cpu.linear(copied, x) == 0).all()) and torch.equal(cpu.linear(module, x), before)
+    other.qweight_.zero_()
+    module.qweight_ = other.qweight_
+    assert apart(cpu.linear(module, x), x.double() @ module.weight.double().T) < 1e-5
+    module.qweight_.fill_(255)
+    assert apart(cpu.linear(module, x), x.double() @ module.weight.double().T) < 1e-5
 
 
 @needs_library

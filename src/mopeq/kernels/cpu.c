@@ -846,6 +846,9 @@ typedef struct {
     int64_t scratch_floats;
 } Call;
 
+INLINE int64_t expert_of(const Call *c, int64_t pair) { return c->index ? c->index[pair] : 0; }
+INLINE int is_there(const Call *c, int64_t pair) { return expert_of(c, pair) >= 0 && expert_of(c, pair) < c->experts; }
+
 /* The stages are taken apart into pieces, which threads take as they come; a result never depends on who took it. */
 INLINE long take(Stage *s) {
     long at = atomic_fetch_add(&s->next, 1);
@@ -898,7 +901,7 @@ INLINE void work_at(int level, Call *c, float *scratch) {
         float *out = c->out + t * c->second.out;
         memset(out, 0, c->second.out * 4);
         for (int64_t pair = t * c->k; pair < (t + 1) * c->k; pair++)
-            if (c->index[pair] >= 0 && c->index[pair] < c->experts)
+            if (is_there(c, pair))
                 for (int64_t n = 0; n < c->second.out; n++)
                     out[n] += c->weight[pair] * c->second.y[0][pair * c->second.out + n];
     }
@@ -1000,14 +1003,14 @@ static void sort_pairs(Call *c, int64_t pairs, int64_t per, Span *spans, int32_t
     int64_t n = 0, start = 0;
     for (int64_t e = 0; e < c->experts; e++) spans[e] = (Span){.expert = (int32_t)e};
     for (int64_t i = 0; i < pairs; i++)
-        if (c->index[i] >= 0 && c->index[i] < c->experts) spans[c->index[i]].count++;
+        if (is_there(c, i)) spans[expert_of(c, i)].count++;
     for (int64_t e = 0; e < c->experts; e++) {
         spans[e].start = (int32_t)start, start += spans[e].count;
         spans[e].count = 0;
     }
     for (int64_t i = 0; i < pairs; i++)
-        if (c->index[i] >= 0 && c->index[i] < c->experts) {
-            Span *s = spans + c->index[i];
+        if (is_there(c, i)) {
+            Span *s = spans + expert_of(c, i);
             int64_t at = s->start + s->count++;
             sorted[at] = (int32_t)i, rows[at] = (int32_t)(i / per);
         }
@@ -1017,7 +1020,8 @@ static void sort_pairs(Call *c, int64_t pairs, int64_t per, Span *spans, int32_t
 }
 
 /* y[i] [pairs, out] = x[pair / per] times expert index[pair]'s matrix of `first` (and of `second` [experts], if any);
-   rows of experts that are not there stay as they are. If `down` [experts] is given, then instead
+   rows of experts that are not there stay as they are. No `index` means that there is one expert, which takes all. If
+   `down` [experts] is given, then instead
    out [x_rows, in] = sum over pairs of a row of weight * down(silu(y[0]) * y[1]), y in the room.
    0, or how many bytes of room it takes, if there are fewer: nothing is done then. */
 int64_t mopeq_experts(const Matrix *first, const Matrix *second, const Matrix *down, int64_t experts, int64_t in,

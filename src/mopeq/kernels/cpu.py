@@ -9,7 +9,9 @@ biases and norms stay torch's, between two calls.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,9 +31,9 @@ KEPT = 1 << 23  # bytes of room that are kept for a thread's next call
 SILU = 1  # of triton.gate_of
 
 
-def refuses(formats: set[Format], x: Tensor) -> str:
+def refuses(formats: Iterable[Format], x: Tensor) -> str:
     """Why this kernel cannot multiply matrices of these formats by these activations, or ""."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype} on {x.device.type}"
     if any(fmt.group_size % UNIT for fmt in formats):
         return f"a group size that is no multiple of {UNIT}"
@@ -44,39 +46,70 @@ def suits(experts: Any, index_TK: Tensor) -> bool:
     return pairs <= few() * min(pairs, experts.num_experts)
 
 
+@cache
 def few() -> int:
     """How many tokens a matrix are few on this machine."""
+    return FEW[best_level()] if library()[0] is not None else 0
+
+
+@cache
+def best_level() -> int:
     lib = library()[0]
-    return FEW[lib.mopeq_level()] if lib is not None else 0
+    assert lib is not None
+    return int(lib.mopeq_level())
+
+
+class Tables(NamedTuple):
+    """Addresses of MATRIX tables [experts]: of one projection, of gate and up, or of a whole layer."""
+
+    addresses: list[int]
+    experts: int
+    shape: tuple[int, int]  # of the first's matrices
 
 
 @dataclass
-class Layer:
-    """What calls need of one layer: {projection: its matrices, MATRIX [E]}, and whether C can do all of it."""
+class Kept:
+    """What calls need of a module: {projection: its matrices, MATRIX [E]}, and the one call that does all of it."""
 
     names: list[str]  # of the buffers that the matrices lie in
     where: list[int]
     tables: dict[str, np.ndarray]
-    addresses: dict[str, int]  # of the tables
-    whole: bool
+    whole: Tables | None  # None: C cannot do all of it
 
 
-_layers: WeakKeyDictionary[Any, Layer] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
 _rooms = threading.local()  # memory for the calls of a thread
 
 
-def layer_of(experts: Any) -> Layer:
-    """The layer's tables, kept while its tensors stay put."""
-    experts.use_tiers()
-    kept, buffers = _layers.get(experts), experts._buffers
+def kept_of(module: Any, make: Callable[[Any], Kept]) -> Kept:
+    """What was made for this module, while its tensors stay put; a token asks for it some hundred times."""
+    kept, buffers = _kept.get(module), module._buffers
     if kept is None or kept.where != [buffers[name].data_ptr() for name in kept.names]:
-        names, tables = experts.tier_names(), {p: matrices(experts, p) for p in experts.projections}
-        where = [buffers[name].data_ptr() for name in names]
-        plain = experts.has_gate and not (experts.has_bias or experts.has_post_expert_norm)
-        whole = plain and gate_of(experts).act == SILU
-        kept = Layer(names, where, tables, {p: table.ctypes.data for p, table in tables.items()}, whole)
-        _layers[experts] = kept
+        kept = _kept[module] = make(module)
     return kept
+
+
+def of_experts(experts: Any) -> Kept:
+    names, tables = experts.tier_names(), {p: matrices(experts, p) for p in experts.projections}
+    where = [experts._buffers[name].data_ptr() for name in names]
+    kept = Kept(names, where, tables, None)
+    bare = experts.has_gate and not (experts.has_bias or experts.has_post_expert_norm)
+    if bare and gate_of(experts).act == SILU:
+        kept.whole = tables_of(experts, kept, ["gate", "up", "down"])
+    return kept
+
+
+def of_matrix(matrix: Any) -> Kept:
+    names = [name for name in ("qweight_", "scales_", "zeros_") if name in matrix._buffers]
+    codes, scales, *zeros = (matrix._buffers[name] for name in names)
+    table = np.zeros(1, MATRIX)
+    put(table, 0, matrix.format, (codes[None], scales[None], zeros[0][None] if zeros else None), 0)
+    whole = Tables([table.ctypes.data], 1, (matrix.out_features, matrix.in_features))
+    return Kept(names, [matrix._buffers[name].data_ptr() for name in names], {"": table}, whole)
+
+
+def tables_of(experts: Any, kept: Kept, names: list[str]) -> Tables:
+    return Tables([kept.tables[p].ctypes.data for p in names], experts.num_experts, experts.shapes[names[0]])
 
 
 def matrices(experts: Any, p: str) -> np.ndarray:
@@ -99,12 +132,13 @@ def put(table: np.ndarray, e: Any, fmt: Format, stacked: tuple[Tensor, Tensor, T
 
 def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The experts' function of x_TH [T, H] for index_TK and weight_TK [T, K]; see kernels.ref for the meaning."""
-    layer = layer_of(experts)
-    x, index, weight = x_TH.float().contiguous(), index_TK.long().contiguous(), weight_TK.float().contiguous()
-    if layer.whole:
-        out = torch.empty(x_TH.shape[0], experts.shapes["down"][0])
-        call(tables_of(experts, ["gate", "up", "down"]), x, index, weight, [out])
-        return out.to(x_TH.dtype)
+    experts.use_tiers()
+    x, index, weight = plain(x_TH), plain(index_TK, torch.int64), plain(weight_TK)
+    whole = kept_of(experts, of_experts).whole
+    if whole is not None:
+        out = torch.empty(x_TH.shape[0], whole.shape[1])
+        call(whole, x, index, weight, [out])
+        return out if x is x_TH else out.to(x_TH.dtype)
     upper = [p for p in experts.projections if p != "down"]
     top = with_bias(experts, project(experts, upper, x, index), index)
     h_SI = activate(experts, top).contiguous()
@@ -128,55 +162,49 @@ def project(experts: Any, names: list[str], x_RN: Tensor, index_RK: Tensor, leve
 
     0 where the index is no expert's.
     """
+    experts.use_tiers()
     y = {p: torch.zeros(index_RK.numel(), experts.shapes[p][0]) for p in names}
-    call(tables_of(experts, names), x_RN, index_RK, None, list(y.values()), level)
+    tables = tables_of(experts, kept_of(experts, of_experts), names)
+    call(tables, x_RN, index_RK, None, list(y.values()), level)
     return y
 
 
 def linear(matrix: Any, x: Tensor) -> Tensor:
     """x [..., in] times a PackedMatrix's transpose -> [..., out]."""
-    x_RN = x.reshape(-1, matrix.in_features).float().contiguous()
-    y_RN = torch.empty(x_RN.shape[0], matrix.out_features)
-    row, zeros = np.zeros(1, MATRIX), getattr(matrix, "zeros_", None)
-    put(row, 0, matrix.format, (matrix.qweight_[None], matrix.scales_[None], None if zeros is None else zeros[None]), 0)
-    one = Tables([row.ctypes.data], 1, (matrix.out_features, matrix.in_features))
-    call(one, x_RN, torch.zeros(x_RN.shape[0], 1, dtype=torch.long), None, [y_RN])
-    return y_RN.view(*x.shape[:-1], matrix.out_features).to(x.dtype)
+    one = kept_of(matrix, of_matrix).whole
+    assert one is not None
+    y = torch.empty(*x.shape[:-1], matrix.out_features)
+    call(one, plain(x).view(-1, matrix.in_features), None, None, [y])
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
-class Tables(NamedTuple):
-    """Addresses of MATRIX tables [experts]: of one projection, of gate and up, or of a whole layer."""
-
-    addresses: list[int]
-    experts: int
-    shape: tuple[int, int]  # of the first's matrices
-
-
-def tables_of(experts: Any, names: list[str]) -> Tables:
-    at = layer_of(experts).addresses
-    return Tables([at[name] for name in names], experts.num_experts, experts.shapes[names[0]])
+def plain(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As C reads it; itself where it is so already, without asking torch to make sure."""
+    return t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
 
 
 def call(
-    tables: Tables, x_RN: Tensor, index_RK: Tensor, weight_RK: Tensor | None, y: list[Tensor], level: int = -1
+    tables: Tables, x_RN: Tensor, index_RK: Tensor | None, weight_RK: Tensor | None, y: list[Tensor], level: int = -1
 ) -> None:
-    """Fill y: see mopeq_experts in cpu.c; three tables mean the whole layer.
+    """Fill y: see mopeq_experts in cpu.c; three tables mean the whole layer, no index means the only matrix.
 
     `level` forces an instruction set (2 AVX-512, 1 AVX2, 0 plain C); -1 is the machine's best.
     """
     lib = library()[0]
-    assert lib is not None and x_RN.dtype == torch.float32 and x_RN.is_contiguous() and index_RK.is_contiguous()
+    assert lib is not None and x_RN.dtype == torch.float32 and x_RN.is_contiguous()
+    assert tables.experts == 1 if index_RK is None else index_RK.is_contiguous()
     first, second, down = [*tables.addresses, None, None][:3]
     out_features, in_features = tables.shape
+    index, per = (None, 1) if index_RK is None else (index_RK.data_ptr(), index_RK.shape[1])
     room = getattr(_rooms, "room", None)
     if room is None:
         room = torch.empty(0, dtype=torch.uint8)
     for _ in range(2):
         more = lib.mopeq_experts(
             first, second, down, tables.experts, in_features, out_features,
-            x_RN.data_ptr(), x_RN.shape[0], index_RK.data_ptr(), index_RK.shape[1],
+            x_RN.data_ptr(), x_RN.shape[0], index, per,
             None if weight_RK is None else weight_RK.data_ptr(), y[0].data_ptr(), y[-1].data_ptr(),
-            torch.get_num_threads(), lib.mopeq_level() if level < 0 else level, room.data_ptr(), room.numel(),
+            torch.get_num_threads(), best_level() if level < 0 else level, room.data_ptr(), room.numel(),
         )  # fmt: skip
         if not more:
             return

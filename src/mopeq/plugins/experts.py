@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mopeq.errors import MopeqError
+from mopeq.kernels import KERNELS
 from mopeq.nouns import PROJECTIONS, Format
 from mopeq.plugins.held import HELD, Numbered, as_bits, check_stored, numbered, untouched
 from mopeq.seam import FLAGS, Adapted, bias, own_weights
@@ -219,8 +220,6 @@ class QuantizedExperts(Numbered):
         return opaque(x_TH, index_TK, weight_TK, self.number)
 
     def compute(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        from mopeq.kernels import KERNELS
-
         out: Tensor = pick(KERNELS, self.kernel, "kernel")(self, x_TH, index_TK, weight_TK)
         return out
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mopeq.kernels.choice import linear
 from mopeq.nouns import Format
 from mopeq.plugins.held import TORCH, Numbered, as_bits, check_stored, numbered, untouched
 from mopeq.tensors import QWeight, unpack_bits, unpack_some
@@ -107,8 +108,6 @@ class PackedMatrix(Numbered):
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
-        from mopeq.kernels import linear
-
         return linear(self, x)
 
     def packed_names(self) -> list[str]:

@@ -169,7 +169,7 @@ def measure_layer(
     name: str, shape: Shape, layer: Any, tokens: list[int], ceilings: dict[str, float], device: str
 ) -> list[dict[str, Any]]:
     """A row for each number of tokens."""
-    from mopeq.kernels import choose
+    from mopeq.kernels.choice import choose
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     base = Bf16(shape, device)
