@@ -83,6 +83,8 @@ NO_BYTES = (
     "ray",
 )  # options that change none, or are told apart
 AT_A_TIME = 1 << 24  # weights that are quantized together, in float32
+SURE = 2.0  # standard errors by which a map must beat one width where they are tried
+TRIAL_TOKENS = 8192  # of calibration beyond what was shown, on which a map is tried against one width
 NO_SENSE = ("uniform", "random")  # allocators that ask for no sensitivity
 
 
@@ -261,7 +263,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
             check_weights(job)
             run.set_done(checked)
         sensitivity = None if skips_sense(job) else sense(job, run, calibration)
-        map_, checked_map = allocate(job, run, sensitivity)
+        map_, checked_map = allocate(job, run, sensitivity, calibration)
         files, notes = quantize_layers(job, run, map_, calibration)
         files, tuned = tune_layers(job, run, map_, files, calibration)
         payload = write_checkpoint(job, out, map_, files)
@@ -483,7 +485,7 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
     """The sensitivity, from the run directory or made now."""
     o = job.options
     digest = sense_digest(job, calibration)
-    serves = CANDIDATES if sensing_quantizes(job) else ""
+    serves = CANDIDATES if tries_quantizers(job) else ""  # for a trial of the map, and perhaps for quantizing
     if (saved := run.load_sensitivity(digest)) is not None:
         say(f"sense: {o.sensitivity} taken from {run.sensitivity_path(digest)}")
         run.kept(digest).drop(but=serves)  # of a run that was killed when it was saved
@@ -519,9 +521,14 @@ def sense_digest(job: Job, calibration: Calibration | None) -> str:
 
 def sensing_quantizes(job: Job) -> bool:
     """Whether sensing tries the very quantizer that is asked for, on all the data it is shown."""
-    o = job.options
-    tries = o.senses and SENSORS[o.sensitivity].by_method and SENSORS[o.sensitivity].needs_data
-    return tries and QUANTIZERS[o.method].needs_data and sensed_as(o.method) == o.method
+    method = job.options.method
+    return tries_quantizers(job) and QUANTIZERS[method].needs_data and sensed_as(method) == method
+
+
+def tries_quantizers(job: Job) -> bool:
+    """Whether sensing quantizes, to see what it costs."""
+    sensor = SENSORS[job.options.sensitivity]
+    return job.options.senses and sensor.by_method and sensor.needs_data
 
 
 def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None) -> Scene:
@@ -596,11 +603,13 @@ def by_layers_or_whole(job: Job, work: Callable[[Any], Any]) -> Any:
         return work(None)
 
 
-def allocate(job: Job, run: RunDir, sensitivity: Sensitivity | None) -> tuple[PrecisionMap, list[str]]:
+def allocate(
+    job: Job, run: RunDir, sensitivity: Sensitivity | None, calibration: Calibration | None
+) -> tuple[PrecisionMap, list[str]]:
     """The precision map, by the allocator asked for, at exactly the budget; and what a user should know of it."""
     if job.given_map is not None:
         return job.given_map, []
-    map_, notes = decide(job, sensitivity)
+    map_, notes = decide(job, sensitivity, partial(tried, job, run, sensitivity, calibration))
     facts = {"sensitivity": job.options.sensitivity if sensitivity else None, "allocate": job.options.allocate}
     budget = vars(job.budget) if job.budget else None
     run.save_map(map_.digest, map_, facts | {"per": job.options.per, "scope": job.options.scope, "budget": budget})
@@ -610,24 +619,81 @@ def allocate(job: Job, run: RunDir, sensitivity: Sensitivity | None) -> tuple[Pr
     return map_, notes
 
 
-def decide(job: Job, sensitivity: Sensitivity | None) -> tuple[PrecisionMap, list[str]]:
+@dataclass(frozen=True)
+class Trial:
+    """The true losses (KL) of a map and of one width for all, and the standard error of their difference; `fresh`: on
+    data that neither was made from."""
+
+    map_kl: float
+    uniform_kl: float
+    error: float
+    tokens: int
+    fresh: bool
+
+
+def decide(
+    job: Job, sensitivity: Sensitivity | None, trial: Callable[[PrecisionMap, PrecisionMap], Trial | None]
+) -> tuple[PrecisionMap, list[str]]:
     """The solved map, or one width for all where that spends the same and the map does no better on data it was not
     made from; with a note that says so."""
     map_ = solve(job, sensitivity)
     if sensitivity is None or (uniform := same_total(job)) is None:
         return map_, []
-    ratio, agree = held_back(job, sensitivity, uniform)
-    if ratio is None:
-        return map_, []
-    note = (
-        f"on the half of the calibration it was not made from, a map costs {ratio:.2f} of uniform {uniform.name};"
-        f" maps of both halves agree in {agree:.0%} of matrices"
-    )
-    if ratio < 1:
-        return map_, [note]
     nbytes = None if job.target is None else job.target.expert_bytes
     plain = make_map(job.spec, [uniform for _ in job.spec.linears], nbytes)
-    return plain, [f"{note}: every matrix gets {uniform.name}; more --calib-tokens would tell them apart"]
+    ratio, agree = held_back(job, sensitivity, uniform)
+    found = trial(map_, plain) if map_.digest != plain.digest else None
+    better, notes = ratio is None or ratio < 1, []
+    if found is not None:
+        better = found.map_kl + SURE * found.error < found.uniform_kl and (found.fresh or better)
+        kind = "that neither was made from" if found.fresh else "they were made from (there is no other)"
+        notes.append(
+            f"on {found.tokens:,} tokens of calibration {kind} the map's KL is {found.map_kl:.4g}, that of uniform"
+            f" {uniform.name} {found.uniform_kl:.4g} (standard error of the difference {found.error:.2g})"
+        )
+    if ratio is not None and (found is None or not found.fresh):
+        notes.append(
+            f"on the half of the calibration it was not made from, a map costs {ratio:.2f} of uniform {uniform.name};"
+            f" maps of both halves agree in {agree:.0%} of matrices"
+        )
+    if better or not notes:
+        return map_, notes
+    notes[-1] += f": every matrix gets {uniform.name}; more --calib-tokens would tell them apart"
+    return plain, notes
+
+
+def tried(
+    job: Job,
+    run: RunDir,
+    sensitivity: Sensitivity | None,
+    calibration: Calibration | None,
+    map_: PrecisionMap,
+    uniform: PrecisionMap,
+) -> Trial | None:
+    """Both maps tried on data that they were not made from, if there is more of it, with the matrices that sensing
+    quantized; None where these are not at hand. Kept, since they go once the layers are quantized."""
+    o = job.options
+    if sensitivity is None or not tries_quantizers(job):
+        return None
+    made_of = {"source": job.spec.digest, "data": sensitivity.data_digest, "method": o.method, "seed": o.seed}
+    digest = stage_digest("trial", sensed=o.sensitivity, map=map_.digest, uniform=uniform.digest, **made_of)
+    file = run.path / "trials" / f"{digest}.json"
+    if file.exists():
+        return Trial(**read_json(file))
+    if calibration is None:
+        return None
+    from mopeq.data.calibration import more_of
+    from mopeq.models import load_config
+    from mopeq.sense.trial import losses
+
+    fresh = more_of(job.folder, load_config(job.folder), o.calib, o.seed, calibration, TRIAL_TOKENS)
+    batches, scene = fresh or calibration.batches, scene_of(job, run, sense_digest(job, calibration), calibration)
+    found = by_layers_or_whole(job, lambda parts: losses(replace(scene, parts=parts), (map_, uniform), batches))
+    if found is None:
+        return None
+    trial = Trial(found.first, found.second, found.error, sum(b["input_ids"].numel() for b in batches), bool(fresh))
+    write_atomic(file, json_bytes(vars(trial)))
+    return trial
 
 
 def same_total(job: Job) -> Format | None:
@@ -703,8 +769,9 @@ def quantize_layers(
     files = {layer.layer: run.layer_path(digest, layer.layer) for layer in job.spec.layers}
     if done := [file for file in files.values() if file.exists()]:
         say(f"quantize: {len(done)} of {len(files)} layers taken from {run.path}")
-    sensed = run.kept(sense_digest(job, calibration)) if sensing_quantizes(job) else Kept()
-    take_from_sensing(job, sensed, map_, files)
+    sensed = run.kept(sense_digest(job, calibration)) if tries_quantizers(job) else Kept()
+    if sensing_quantizes(job):
+        take_from_sensing(job, sensed, map_, files)
     if o.ray:
         from mopeq import cluster
 

@@ -8,9 +8,13 @@ import made
 import numpy as np
 import pytest
 
-from mopeq.nouns import Sensitivity
+from mopeq.nouns import PrecisionMap, Sensitivity
 from mopeq.options import Options
 from mopeq.stages import Job, decide, held_back, open_job, solve
+
+
+def untried(map_: PrecisionMap, uniform: PrecisionMap) -> None:
+    """No trial: the matrices are not at hand."""
 
 
 def job_of(**options: object) -> Job:
@@ -38,10 +42,10 @@ def test_a_map_that_only_its_own_half_likes_is_not_taken(budget: dict[str, objec
         budget = {"fit": job_of(avg_bits=3, allocate="uniform").predicted_bytes}
     job = job_of(**budget)
     told, noise = [costs(job, 0), costs(job, 0)], [costs(job, 1), costs(job, 2)]
-    map_, notes = decide(job, sensitivity_of(job, told))
+    map_, notes = decide(job, sensitivity_of(job, told), untried)
     assert map_.digest == solve(job, sensitivity_of(job, told)).digest and len(map_.counts()) > 1
     assert len(notes) == 1 and "100%" in notes[0] and "every matrix" not in notes[0]
-    map_, notes = decide(job, sensitivity_of(job, noise))
+    map_, notes = decide(job, sensitivity_of(job, noise), untried)
     assert {f.bits for f in map_.formats.values()} == {3} and "every matrix gets 3" in notes[0]
     assert job.predicted_bytes == job.fixed + map_.nbytes(job.spec)
 
@@ -64,6 +68,6 @@ def test_the_ratio_is_of_the_other_half() -> None:
 def test_nothing_is_checked_between_widths_or_without_halves() -> None:
     job = job_of(avg_bits=2.5)
     noise = sensitivity_of(job, [costs(job, 1), costs(job, 2)])
-    assert decide(job, noise)[1] == []
-    assert decide(job_of(avg_bits=3), replace(noise, halves_HIF=None))[1] == []
-    assert decide(job_of(avg_bits=3, allocate="inverted"), noise)[1] == []
+    assert decide(job, noise, untried)[1] == []
+    assert decide(job_of(avg_bits=3), replace(noise, halves_HIF=None), untried)[1] == []
+    assert decide(job_of(avg_bits=3, allocate="inverted"), noise, untried)[1] == []

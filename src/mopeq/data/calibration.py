@@ -18,6 +18,7 @@ from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item, builtin, read
 from mopeq.errors import BadInput
+from mopeq.progress import silence
 
 WINDOW = 256  # tokens of joined text shown at a time: few, as no model was trained on less than it is shown here
 ROWS = 8  # windows in a batch
@@ -62,6 +63,17 @@ def calibrate_with(folder: Path, config: Any, paths: Sequence[str | Path], token
     if count < 0.9 * tokens:
         notes.append(f"the calibration data gave {count} tokens where {tokens} were asked for")
     return Calibration(tuple(shown), digest(shown), count, tuple(notes))
+
+
+def more_of(
+    folder: Path, config: Any, paths: Sequence[str | Path], seed: int, shown: Calibration, tokens: int
+) -> tuple[Batch, ...]:
+    """Batches of about `tokens` further tokens of the same data, none of whose rows were shown; () where it ends."""
+    with silence():
+        longer = calibrate_with(folder, config, paths, shown.tokens + tokens, seed)
+    known = {row.numpy().tobytes() for batch in shown.batches for row in batch["input_ids"]}
+    fresh = [b for b in longer.batches if not any(row.numpy().tobytes() in known for row in b["input_ids"])]
+    return tuple(fresh)
 
 
 def interleaved(*kinds: list[Batch]) -> list[Batch]:

@@ -436,12 +436,12 @@ def candidates(
             moments.fill_starved()
         found = every_way(scene, layer, weights(module), moments, tick)
         made |= {(layer.layer, p): ways for p, ways in found.items()}
-        facts = {} if moments is None else {"tokens": moments.tokens_E.numpy(), "finite": np.array(moments.finite)}
+        tokens_E, finite = (np.zeros(0), True) if moments is None else (moments.tokens_E.numpy(), moments.finite)
         del moments  # before what is kept is packed
         if keeps and scene.kept.has_room(2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)):
             packed = {(p, f): q.pack() for p, ways in found.items() for f, q in enumerate(ways)}
             arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in packed.items() for k, t in part.items()}
-            scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays | facts)
+            scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays | {"tokens": tokens_E, "finite": np.array(finite)})
     return made
 
 
@@ -494,7 +494,8 @@ def chosen_candidates(
     kept: Kept, layer: MoELayer, map_: PrecisionMap, formats: Sequence[Format]
 ) -> tuple[dict[LinearId, dict[str, Tensor]], np.ndarray] | None:
     """What the quantizer made of a layer when it was sensed: of each matrix the tensors of the map's format,
-    and the tokens that reached each expert [E]. None where that is not kept, or was made of overflowing data."""
+    and the tokens that reached each expert [E] (none where it needs no data). None where that is not kept, or was made
+    of overflowing data."""
     found = kept.load(f"{CANDIDATES}{layer.layer}")
     if found is None or not found["finite"]:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mopeq.packed import RUN, read_map
 from mopeq.progress import say
 from mopeq.rundir import RunDir, read_sensitivity
 from mopeq.sense import SENSORS
-from mopeq.stages import Job, decide, open_job, skips_sense
+from mopeq.stages import Job, decide, open_job, skips_sense, tried
 
 
 def show(
@@ -64,7 +65,7 @@ def solve_again(path: Path, avg_bits: float | None, fit: str | int | None) -> tu
         sensitivity = saved_sensitivity(run, facts, job)
         if sensitivity is None:
             raise BadInput(f"{run.path} holds no {job.options.sensitivity} sensitivity", "quantize once with --run DIR")
-    map_, notes = decide(job, sensitivity)
+    map_, notes = decide(job, sensitivity, partial(tried, job, run, sensitivity, None))
     for note in notes:
         say(f"note: {note}")
     total = job.fixed + map_.nbytes(job.spec)
