@@ -56,7 +56,7 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone() -> dict[str, str]:
     out = room() / "alone"
     with silence():

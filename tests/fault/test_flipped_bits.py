@@ -18,7 +18,7 @@ from mopeq.verbs.verify import verify
 HOW_MANY = 150
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def out() -> Path:
     made = copy(packed("olmoe", shard_size="60kB", model_hidden_size=32)[0], room() / "flipped")
     assert len(list(made.glob("*.safetensors"))) > 1

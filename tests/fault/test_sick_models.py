@@ -148,7 +148,7 @@ def sicken(tensors: dict[str, Tensor]) -> None:
     expert(tensors, 3, lambda w: w.mul_(1e-9))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sick() -> Path:
     """hidden 72, intermediate 40: short last groups at group size 64 and 16."""
     return changed(copy(source("olmoe", hidden_size=72), room() / "sick"), sicken)
