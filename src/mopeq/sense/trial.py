@@ -48,23 +48,30 @@ def losses(scene: Scene, maps: tuple[PrecisionMap, PrecisionMap], batches: Seque
         return None
     found = []
     with progress("allocate: trial", 1 + len(maps), "passes") as p, walk(scene) as walking:
-        said = shown(walking, batches, None)  # first: in memory the maps' matrices replace the original's
+        # first: in memory the maps' matrices replace the original's
+        said = shown(walking, batches, None, lambda number, said_SV: said_SV)
         p.step()
         for map_ in maps:
             change = partial(put, scene, chosen if kept else quantized, map_)
-            other = shown(walking, batches, change)
-            found.append([row_means(*each, len(batches)) for each in zip(batches, said, other, strict=True)])
+            found.append(shown(walking, batches, change, partial(row_means, batches, said)))
             p.step()
     return compared(batches, found[0], found[1])
 
 
-def shown(walking: Walk, batches: Sequence[Batch], change: Callable[[MoELayer, Any], None] | None) -> list[Tensor]:
-    """Log probabilities [S, V] at some of each batch's predicting positions, the layers changed before they run."""
+def shown(
+    walking: Walk,
+    batches: Sequence[Batch],
+    change: Callable[[MoELayer, Any], None] | None,
+    take: Callable[[int, Tensor], Tensor],
+) -> list[Tensor]:
+    """Of each batch `take(number, log probabilities [S, V])` at some of its predicting positions, the layers changed
+    before they run."""
     found: dict[int, Tensor] = {}
 
     def look(number: int, batch: Batch) -> None:
         logits_SV = predicting_logits(walking.model, batch, walking.device)
-        found[number] = logits_SV[held(len(logits_SV), logits_SV.shape[1], len(batches))].log_softmax(-1)
+        some_SV = logits_SV[held(len(logits_SV), logits_SV.shape[1], len(batches))]
+        found[number] = take(number, some_SV.log_softmax(-1))
 
     with torch.no_grad():
         for visit in walking.forward([partial(look, number, batch) for number, batch in enumerate(batches)]):
@@ -112,12 +119,13 @@ def held(positions: int, vocabulary: int, batches: int) -> slice:
     return slice(None, None, max(1, -(-positions // most)))
 
 
-def row_means(batch: Batch, said_SV: Tensor, other_SV: Tensor, batches: int) -> Tensor:
-    """The mean KL over the positions of each row that has some."""
-    row_S = predicting(batch).nonzero()[:, 0]
-    row_S = row_S[held(len(row_S), said_SV.shape[1], batches)].to(said_SV.device)
+def row_means(batches: Sequence[Batch], said: Sequence[Tensor], number: int, other_SV: Tensor) -> Tensor:
+    """The mean KL over the positions of each row of a batch that has some."""
+    row_S, said_SV = predicting(batches[number]).nonzero()[:, 0], said[number]
+    row_S = row_S[held(len(row_S), said_SV.shape[1], len(batches))].to(said_SV.device)
     kl_S = (said_SV.exp() * (said_SV - other_SV)).sum(-1).double()
-    return torch.stack([kl_S[row_S == row].mean() for row in row_S.unique()])
+    _, which_S, counts = row_S.unique(return_inverse=True, return_counts=True)
+    return kl_S.new_zeros(len(counts)).index_add_(0, which_S, kl_S) / counts
 
 
 def compared(batches: Sequence[Batch], first: Sequence[Tensor], second: Sequence[Tensor]) -> Losses:
