@@ -40,9 +40,11 @@ def ours(asked: Asked) -> dict[str, float]:
 
 def theirs(asked: Asked) -> dict[str, float]:
     """The same in a process of its own, which tells its seconds without those of starting and preparing."""
-    given = ["--model", asked.model, "--calib", asked.calib, "--calib-tokens", str(asked.calib_tokens)]
-    command = [sys.executable, __file__, "--theirs", *given]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    model, calib = (str(Path(path).resolve()) for path in (asked.model, asked.calib))
+    given = ["--model", model, "--calib", calib, "--calib-tokens", str(asked.calib_tokens)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--theirs", *given]
+    with tempfile.TemporaryDirectory() as folder:  # it writes its logs where it is started
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
     return dict(json.loads(printed.splitlines()[-1]))
 
 
