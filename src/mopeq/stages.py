@@ -68,6 +68,7 @@ from mopeq.tables import pick
 if TYPE_CHECKING:
     from mopeq.data.calibration import Calibration
     from mopeq.sense.scene import Scene
+    from mopeq.sense.trial import Trial
     from mopeq.tensors import QWeight
     from mopeq.tune import Tuned
 
@@ -619,18 +620,6 @@ def allocate(
     return map_, notes
 
 
-@dataclass(frozen=True)
-class Trial:
-    """The true losses (KL) of a map and of one width for all, and the standard error of their difference; `fresh`: on
-    data that neither was made from."""
-
-    map_kl: float
-    uniform_kl: float
-    error: float
-    tokens: int
-    fresh: bool
-
-
 def decide(
     job: Job, sensitivity: Sensitivity | None, trial: Callable[[PrecisionMap, PrecisionMap], Trial | None]
 ) -> tuple[PrecisionMap, list[str]]:
@@ -679,21 +668,23 @@ def tried(
     digest = stage_digest("trial", sensed=o.sensitivity, map=map_.digest, uniform=uniform.digest, **made_of)
     file = run.path / "trials" / f"{digest}.json"
     if file.exists():
+        from mopeq.sense.trial import Trial
+
         return Trial(**read_json(file))
     if calibration is None:
         return None
     from mopeq.data.calibration import more_of
     from mopeq.models import load_config
-    from mopeq.sense.trial import losses
+    from mopeq.sense.trial import trial
 
     fresh = more_of(job.folder, load_config(job.folder), o.calib, o.seed, calibration, TRIAL_TOKENS)
     batches, scene = fresh or calibration.batches, scene_of(job, run, sense_digest(job, calibration), calibration)
-    found = by_layers_or_whole(job, lambda parts: losses(replace(scene, parts=parts), (map_, uniform), batches))
-    if found is None:
-        return None
-    trial = Trial(found.first, found.second, found.error, sum(b["input_ids"].numel() for b in batches), bool(fresh))
-    write_atomic(file, json_bytes(vars(trial)))
-    return trial
+    found: Trial | None = by_layers_or_whole(
+        job, lambda parts: trial(replace(scene, parts=parts), map_, uniform, batches, bool(fresh))
+    )
+    if found is not None:
+        write_atomic(file, json_bytes(vars(found)))
+    return found
 
 
 def same_total(job: Job) -> Format | None:

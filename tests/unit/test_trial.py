@@ -18,10 +18,9 @@ from mopeq.rundir import RunDir
 from mopeq.seam import model_layers, weights
 from mopeq.sense.labels import predicting, predicting_logits
 from mopeq.sense.quadratic import chosen_candidates
-from mopeq.sense.trial import losses
+from mopeq.sense.trial import Trial, trial
 from mopeq.stages import (
     Job,
-    Trial,
     decide,
     load_calibration,
     open_job,
@@ -55,11 +54,11 @@ def test_losses_are_a_plain_computations_walked_or_not(method: str, tmp_path: Pa
         scene, batches = scene_of(job, run, sense_digest(job, calibration), calibration), calibration.batches
         maps = (solve(job, sensitivity), plain_map(job))
         assert maps[0].digest != maps[1].digest
-        found = losses(scene, maps, batches)
-        walked = losses(replace(scene, parts=lambda exact: source_parts(job, exact)), maps, batches)
-        assert losses(replace(scene, kept=RunDir(tmp_path / "none").kept("x")), maps, batches) is None
-    assert found is not None and walked is not None and 0 < found.error < found.first + found.second
-    assert (found.first, found.second) == pytest.approx((walked.first, walked.second), rel=1e-6)
+        found = trial(scene, *maps, batches, False)
+        walked = trial(replace(scene, parts=lambda exact: source_parts(job, exact)), *maps, batches, False)
+        assert trial(replace(scene, kept=RunDir(tmp_path / "none").kept("x")), *maps, batches, False) is None
+    assert found is not None and walked is not None and 0 < found.error < found.map_kl + found.uniform_kl
+    assert (found.map_kl, found.uniform_kl) == pytest.approx((walked.map_kl, walked.uniform_kl), rel=1e-6)
     model = load_model(job.folder, torch.float32, "cpu")
     said, wanted = [predicting_logits(model, b, "cpu").double().log_softmax(-1) for b in batches], []
     with torch.no_grad():
@@ -75,7 +74,7 @@ def test_losses_are_a_plain_computations_walked_or_not(method: str, tmp_path: Pa
                 kl = (p.exp() * (p - predicting_logits(model, b, "cpu").double().log_softmax(-1))).sum(-1)
                 rows += [kl[predicting(b).nonzero()[:, 0] == r].mean() for r in range(len(b["input_ids"]))]
             wanted.append(float(torch.stack(rows).mean()))
-    assert (found.first, found.second) == pytest.approx(wanted, rel=1e-4)
+    assert (found.map_kl, found.uniform_kl) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_map_is_taken_if_it_wins_by_more_than_chance(tmp_path: Path) -> None:
@@ -83,12 +82,12 @@ def test_a_map_is_taken_if_it_wins_by_more_than_chance(tmp_path: Path) -> None:
     with silence():
         sensitivity = sense(job, RunDir(tmp_path / "run"), load_calibration(job))
     best = solve(job, sensitivity).digest
-    for trial, wins in (
+    for found, wins in (
         (Trial(0.8, 1.0, 0.05, 512, True), True),
         (Trial(0.8, 1.0, 0.15, 512, True), False),
         (Trial(1.1, 1.0, 0.01, 512, True), False),
     ):
-        map_, notes = decide(job, sensitivity, lambda ours, theirs, trial=trial: trial)
+        map_, notes = decide(job, sensitivity, lambda ours, theirs, found=found: found)
         assert (map_.digest == best) == wins and ("every matrix gets" in notes[-1]) != wins
         assert "512 tokens" in notes[0] and "neither was made from" in notes[0]
 
@@ -97,14 +96,14 @@ def test_the_trial_is_of_other_text_and_is_kept(tmp_path: Path, monkeypatch: pyt
     """The line tries its map on further tokens of the data; the same command, killed later, need not do it again."""
     shown: list[torch.Tensor] = []
 
-    def look(scene, maps, batches):  # type: ignore[no-untyped-def]
+    def look(scene, map_, uniform, batches, fresh):  # type: ignore[no-untyped-def]
         shown.extend(b["input_ids"] for b in batches)
         assert not any(
             torch.equal(r, o) for b in batches for r in b["input_ids"] for s in scene.batches for o in s["input_ids"]
         )
-        return losses(scene, maps, batches)
+        return trial(scene, map_, uniform, batches, fresh)
 
-    monkeypatch.setattr("mopeq.sense.trial.losses", look)
+    monkeypatch.setattr("mopeq.sense.trial.trial", look)
     options = asked(tmp_path, run=tmp_path / "run")
     with silence():
         first = quantize(made.source("olmoe"), tmp_path / "one", **options)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mopeq.kernels.build import feedback
 from mopeq.nouns import Format
 
-SETTINGS = ("clips", 16), ("neighbours", 4), ("factors", 3)
+SETTINGS = {"clips": 16, "neighbours": 4, "factors": 3}  # how many there may be of each
 TENSORS = ("w", "mt", "v", "order", "h", "level", "scale", "zero")
 
 
@@ -24,7 +24,7 @@ class Job(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("bits", "symmetric", "group", "sweeps", "clip_count", "neighbour_count")),
-        *((name, ctypes.c_float * most) for name, most in SETTINGS),
+        *((name, ctypes.c_float * most) for name, most in SETTINGS.items()),
         *((name, ctypes.c_int64) for name in ("experts", "n", "out")),
         *((name, ctypes.c_void_p) for name in TENSORS),
     )
@@ -49,7 +49,7 @@ def feed_back(
     level, scale = w.new_empty(w.shape), w.new_empty(len(w), fmt.groups(w.shape[1]), w.shape[2])
     zero = torch.empty_like(scale)
     job = Job(fmt.bits, fmt.scheme == "s", fmt.group_size, 0, len(clips), len(neighbours))
-    for name, values in (("clips", clips), ("neighbours", neighbours), ("factors", factors)):
+    for name, values in zip(SETTINGS, (clips, neighbours, factors), strict=True):
         getattr(job, name)[: len(values)] = values
     run(job, {"w": w, "mt": mt, "v": v, "order": order, "level": level, "scale": scale, "zero": zero})
     return level, scale, zero

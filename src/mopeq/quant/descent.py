@@ -53,10 +53,6 @@ class Inputs:
     made: dict[int, Factors] = field(default_factory=dict)  # by group size
     parts: dict[tuple[int, int], Inputs] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, moments: Tensor | Inputs) -> Inputs:
-        return moments if isinstance(moments, Inputs) else cls(moments)
-
     def part(self, some: slice) -> Inputs:
         """Those of some of the matrices."""
         return self.parts.setdefault((some.start, some.stop), Inputs(self.moments[some]))
@@ -65,6 +61,11 @@ class Inputs:
         if group_size not in self.made:
             self.made[group_size] = factored(self.moments.float(), group_size)
         return self.made[group_size]
+
+
+def part_of(moments: Tensor | Inputs, some: slice) -> Inputs:
+    """Those of some of the matrices; of a tensor, which nobody shares, nothing is kept."""
+    return moments.part(some) if isinstance(moments, Inputs) else Inputs(moments[some])
 
 
 def factored(moments_ECC: Tensor, group_size: int) -> Factors:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mopeq.nouns import Format
 from mopeq.quant import compiled
-from mopeq.quant.descent import BLOCK, Inputs, descend, slices, spread, take
+from mopeq.quant.descent import BLOCK, Inputs, descend, part_of, slices, spread, take
 from mopeq.quant.rtn import LARGEST, scale_and_zero, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
 from mopeq.tensors import QWeight
@@ -43,8 +43,7 @@ def quantize(w: Tensor, fmt: Format, moments: Tensor | Inputs | None = None, swe
     """
     if moments is None:
         return round_to_nearest(w, fmt)
-    inputs = Inputs.of(moments)
-    return QWeight.join([solve(w[b].float(), fmt, inputs.part(b), sweeps) for b in batches(w)])
+    return QWeight.join([solve(w[b].float(), fmt, part_of(moments, b), sweeps) for b in batches(w)])
 
 
 def batches(w_ENC: Tensor) -> list[slice]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mopeq.nouns import Format
-from mopeq.quant.descent import Inputs, slices, spread
+from mopeq.quant.descent import Inputs, part_of, slices, spread
 from mopeq.quant.gptq import searched_range
 from mopeq.quant.rtn import LARGEST, SMALLEST, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
@@ -38,8 +38,7 @@ def quantize(w: Tensor, fmt: Format, moments: Tensor | Inputs | None = None, ste
     if moments is None:
         return round_to_nearest(w, fmt)
     size = max(1, (CHUNK if w.device.type == "cpu" else CHUNK_DEVICE) // (w.shape[1] * w.shape[2]))
-    inputs = Inputs.of(moments)
-    return QWeight.join([tune(w[b].float(), fmt, inputs.part(b), steps) for b in slices(len(w), size)])
+    return QWeight.join([tune(w[b].float(), fmt, part_of(moments, b), steps) for b in slices(len(w), size)])
 
 
 def tune(w_ENC: Tensor, fmt: Format, inputs: Inputs, steps: int) -> QWeight:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mopeq.nouns import Format
 from mopeq.quant import gptq
-from mopeq.quant.descent import Inputs, damped, descend, of_mean_one, slices, spread
+from mopeq.quant.descent import damped, descend, of_mean_one, slices, spread
 from mopeq.tensors import QWeight
 
 OUTPUTS = 8  # of a matrix, moved at a time: fewer follow G more closely and take longer
@@ -28,7 +28,7 @@ ROUNDS = 2  # over all outputs
 
 @torch.no_grad()
 def quantize(
-    w: Tensor, fmt: Format, moments: Tensor | Inputs | None = None, gradients: Tensor | None = None, **_: Any
+    w: Tensor, fmt: Format, moments: Tensor | None = None, gradients: Tensor | None = None, **_: Any
 ) -> QWeight:
     """Matrices [E, out, in] with moments of inputs [E, in, in] and of gradients at outputs [E, out, out].
 
@@ -37,9 +37,8 @@ def quantize(
     found = gptq.quantize(w, fmt, moments=moments)
     if moments is None or gradients is None:
         return found
-    known = Inputs.of(moments).moments
     parts = gptq.batches(w)
-    return QWeight.join([refine(w[b].float(), found[b], known[b].float(), gradients[b].float()) for b in parts])
+    return QWeight.join([refine(w[b].float(), found[b], moments[b].float(), gradients[b].float()) for b in parts])
 
 
 def refine(w_ENC: Tensor, q: QWeight, moments_ECC: Tensor, gradients_ENN: Tensor) -> QWeight:

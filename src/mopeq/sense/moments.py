@@ -24,6 +24,7 @@ from mopeq.data.encode import no_padding
 from mopeq.nouns import MoELayer, MoESpec
 from mopeq.progress import progress
 from mopeq.quant import moment_bytes
+from mopeq.quant.descent import Inputs
 from mopeq.seam import Seen, model_layers, plain_forward, watch
 from mopeq.sense.labels import sampled_loss
 from mopeq.sense.scene import Batch, shows
@@ -45,6 +46,11 @@ class Moments:
 
     def of(self, projection: str) -> Tensor:
         return self.h if projection == "down" else self.x
+
+    def inputs(self, some: slice) -> dict[str, Inputs]:
+        """Those of some experts for quantizers, by projection: gate and up share theirs."""
+        x, h = Inputs(self.x[some]), Inputs(self.h[some])
+        return {"gate": x, "up": x, "down": h}
 
     @property
     def starved(self) -> list[int]:

@@ -30,7 +30,7 @@ from mopeq.data.encode import no_padding
 from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity
 from mopeq.progress import Progress, progress
 from mopeq.quant import QUANTIZERS
-from mopeq.quant.descent import Inputs, slices
+from mopeq.quant.descent import slices
 from mopeq.rundir import CANDIDATES, Kept
 from mopeq.seam import Seen, plain_forward, watch, weights
 from mopeq.sense.frequency import Counts, token_facts
@@ -459,12 +459,12 @@ def every_way(
         shape = (layer.experts, *layer.shapes[p])
         made[p] = [QWeight.empty(*shape, fmt, w_ENC.device) for fmt in scene.formats]
     for b in slices(layer.experts, max(1, CHUNK // max(w[0].numel() for w in matrices.values()))):
-        inputs = {} if moments is None else {"up": Inputs(moments.x[b]), "down": Inputs(moments.h[b])}
+        inputs = {} if moments is None else moments.inputs(b)
         for p, w_ENC in matrices.items():
-            w, own = w_ENC[b].float(), inputs.get("down" if p == "down" else "up")
+            w = w_ENC[b].float()
             for found in made[p]:
                 with naming(layer, p, range(layer.experts)[b], w):
-                    found[b] = quantize(w, found.format, moments=own, seed=scene.seed)
+                    found[b] = quantize(w, found.format, moments=inputs.get(p), seed=scene.seed)
                 tick(w.numel())
     return made
 

@@ -31,31 +31,36 @@ Matrices = Iterator[tuple[str, int, Tensor]]  # projection, expert, [out, in]
 
 
 @dataclass(frozen=True)
-class Losses:
-    """KL of two maps (nats a position, the mean of text and pictures), and the standard error of their difference: by
-    rows, as the positions of one tell much the same."""
+class Trial:
+    """The true losses of a map and of one width for all (KL, nats a position, the mean of text and pictures), and the
+    standard error of their difference: by rows, as the positions of one tell much the same. `tokens` were shown;
+    `fresh`: neither was made from them."""
 
-    first: float
-    second: float
+    map_kl: float
+    uniform_kl: float
     error: float
+    tokens: int
+    fresh: bool
 
 
-def losses(scene: Scene, maps: tuple[PrecisionMap, PrecisionMap], batches: Sequence[Batch]) -> Losses | None:
-    """Of two maps; None where the candidates were not kept, or the model's experts cannot be replaced in place."""
+def trial(
+    scene: Scene, map_: PrecisionMap, uniform: PrecisionMap, batches: Sequence[Batch], fresh: bool
+) -> Trial | None:
+    """None where the candidates were not kept, or the model's experts cannot be replaced in place."""
     kept = all(scene.kept.has(f"{CANDIDATES}{layer.layer}") for layer in scene.spec.layers)
     anew = scene.parts is not None and not QUANTIZERS[scene.quantizer].needs_data  # a walk did not keep them
     if scene.spec.adapted or not (kept or anew):
         return None
     found = []
-    with progress("allocate: trial", 1 + len(maps), "passes") as p, walk(scene) as walking:
+    with progress("allocate: trial", 3, "passes") as p, walk(scene) as walking:
         # first: in memory the maps' matrices replace the original's
         said = shown(walking, batches, None, lambda number, said_SV: said_SV)
         p.step()
-        for map_ in maps:
-            change = partial(put, scene, chosen if kept else quantized, map_)
+        for tried in (map_, uniform):
+            change = partial(put, scene, chosen if kept else quantized, tried)
             found.append(shown(walking, batches, change, partial(row_means, batches, said)))
             p.step()
-    return compared(batches, found[0], found[1])
+    return Trial(*compared(batches, *found), sum(b["input_ids"].numel() for b in batches), fresh)
 
 
 def shown(
@@ -128,8 +133,8 @@ def row_means(batches: Sequence[Batch], said: Sequence[Tensor], number: int, oth
     return kl_S.new_zeros(len(counts)).index_add_(0, which_S, kl_S) / counts
 
 
-def compared(batches: Sequence[Batch], first: Sequence[Tensor], second: Sequence[Tensor]) -> Losses:
-    """Means over rows, of text and of pictures, and the mean of these."""
+def compared(batches: Sequence[Batch], first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[float, float, float]:
+    """Means over rows, of text and of pictures, and the mean of these; the standard error of their difference."""
     image = ["image_mask" in batch for batch in batches]
     kinds = [
         [
@@ -141,4 +146,4 @@ def compared(batches: Sequence[Batch], first: Sequence[Tensor], second: Sequence
     # of one row nothing is known: as much as both tell
     apart = [float((a - b).var() / len(a) if len(a) > 1 else (a + b).square().mean()) for a, b in kinds]
     means = [sum(float(kind[i].mean()) for kind in kinds) / len(kinds) for i in (0, 1)]
-    return Losses(means[0], means[1], sum(apart) ** 0.5 / len(kinds))
+    return means[0], means[1], sum(apart) ** 0.5 / len(kinds)
