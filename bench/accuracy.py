@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from mopeq.data.calibration import calibrate_with
+from mopeq.data.calibration import calibrate_with, front
 from mopeq.data.encode import batches, model_inputs
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor
@@ -97,7 +97,7 @@ class Bench:
         self.device = pick_device(args.device)
         self.job = open_job(args.model, Options())
         config = load_config(self.job.folder)
-        self.calibration = calibrate_with(self.job.folder, config, args.calib, args.calib_tokens, seed)
+        self.calibration = calibrate_with(self.job.folder, config, args.calib, args.calib_tokens, seed, judging=True)
         self.processor = load_processor(self.job.folder)
         items = [item for path in args.eval for item in read(path)]
         texts = [item for item in items if item.text is not None]
@@ -133,17 +133,19 @@ class Bench:
         method = sensed_as(method.partition("+")[0])
         key = (name, method if SENSORS[name].by_method else "", formats)
         if key not in self.sensitivities:
-            shown = self.calibration
-            tokens = self.args.hutchinson_tokens if name == "hutchinson" else None
-            rows = shown.batches if tokens is None else first_tokens(shown.batches, tokens)
+            shown, fits = self.calibration, SENSORS[name].by_method and QUANTIZERS[method].needs_data
+            rows = list(shown.judges if fits else shown.batches)
+            if name == "hutchinson":
+                rows = front(iter(rows), self.args.hutchinson_tokens)
             scene = Scene(
                 self.job.folder,
                 self.job.spec,
                 formats,
                 self.seed,
                 model=lambda attention: load_model(self.job.folder, torch.float32, self.device, attention),
-                batches=rows,
-                data_digest=shown.digest,
+                batches=tuple(rows),
+                fitted=shown.batches,
+                data_digest=shown.judged_digest if fits else shown.digest,
                 quantizer=method,
             )
             started = time.monotonic()
@@ -252,16 +254,6 @@ def answered(rows: list[dict[str, torch.Tensor]], logits: list[torch.Tensor]) ->
 
 def replace_options(job: Job, **options: Any) -> Job:
     return Job(job.checkpoint, job.revision, job.spec, replace(job.options, **options))
-
-
-def first_tokens(rows: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
-    kept, seen = [], 0
-    for batch in rows:
-        if seen >= tokens:
-            break
-        kept.append(batch)
-        seen += batch["input_ids"].numel()
-    return tuple(kept)
 
 
 def main() -> None:

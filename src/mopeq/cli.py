@@ -57,7 +57,9 @@ Groups = Annotated[str, typer.Option("--group-size", help="weights that share a 
 Other = Annotated[int, typer.Option("--other-bits", help="width of all other 2-D weights but routers: 4, 8 or 16")]
 MapFile = Annotated[Path | None, typer.Option("--map", help="a precision map to use instead of allocating")]
 Calib = Annotated[list[Path] | None, typer.Option(help="calibration data: .jsonl, .tsv or .txt; may be repeated")]
-CalibTokens = Annotated[int, typer.Option(help="calibration tokens shown")]
+CalibTokens = Annotated[
+    int, typer.Option(help="calibration tokens that quantizers are fitted to; as many others judge")
+]
 Seed = Annotated[int, typer.Option(help="same inputs and seed, same bytes")]
 Device = Annotated[str, typer.Option(help="auto (cuda where present), cpu or cuda")]
 Memory = Annotated[str | None, typer.Option("--max-memory", help="memory to stay within, like 8GiB")]

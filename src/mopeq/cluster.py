@@ -161,10 +161,12 @@ def work(order: Order) -> tuple[int, str, str] | None:
             calibration = stages.load_calibration(job)
             if job.spec.digest != order.source:
                 raise BadInput(f"{order.model} is not the same on all machines", "share one folder between them")
-            if calibration and order.data is not None and calibration.digest != order.data:
+            senses = order.map is None
+            data = stages.sensed_digest(job, calibration) if senses else calibration and calibration.digest
+            if order.data is not None and data != order.data:
                 raise BadInput("the calibration data is not the same on all machines", "share one folder between them")
             run = RunDir(order.run)
-            if order.map is None:
+            if senses:
                 from mopeq.sense.quadratic import share
 
                 scene = stages.scene_of(job, run, order.digest, calibration)

@@ -58,9 +58,10 @@ class Kept:
         except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as problem:
             raise BadInput(f"{path} cannot be read: {problem}", REMAKE) from None
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether that many bytes are free where items are kept; they are a convenience."""
-        return self.folder is not None and free_bytes(self.folder) > nbytes
+    @property
+    def room(self) -> int:
+        """Bytes that are free where items are kept; nothing takes room where nothing is."""
+        return 1 << 62 if self.folder is None else free_bytes(self.folder)
 
     def drop(self, but: str = "") -> None:
         """Remove all items, or all but those whose names begin with `but`."""

@@ -309,7 +309,8 @@ def made_from(job: Job, calibration: Calibration | None) -> dict[str, Any]:
         "source_revision": job.revision,
         "source_digest": job.spec.digest,
         "options": options | {"calib": [str(p) for p in job.options.calib], "run": kept_at},
-        "calibration": {"digest": calibration.digest, "tokens": calibration.tokens} if calibration else None,
+        "calibration": calibration
+        and {"digest": calibration.digest, "sensed": sensed_digest(job, calibration), "tokens": calibration.tokens},
     }
 
 
@@ -435,7 +436,9 @@ def load_calibration(job: Job) -> Calibration | None:
 
     o, config = job.options, load_config(job.folder)
     check_reads_text(config)
-    calibration = calibrate_with(job.folder, config, o.calib, o.calib_tokens, o.seed)
+    trying = TRIAL_TOKENS if tries_quantizers(job) else 0
+    judging = trying > 0 and QUANTIZERS[sensed_as(o.method)].needs_data
+    calibration = calibrate_with(job.folder, config, o.calib, o.calib_tokens, o.seed, judging, trying)
     for note in calibration.notes:
         say(f"note: {note}")
     return calibration
@@ -515,9 +518,16 @@ def sense_digest(job: Job, calibration: Calibration | None) -> str:
         formats=[f.name for f in o.formats],
         scope=o.scope if o.sensitivity == "hybrid" else None,
         seed=o.seed if needs_data else None,
-        data=calibration.digest if calibration and needs_data else None,
+        data=sensed_digest(job, calibration) if needs_data else None,
         quantizer=sensed_as(o.method) if SENSORS[o.sensitivity].by_method else None,
     )
+
+
+def sensed_digest(job: Job, calibration: Calibration | None) -> str | None:
+    """Of the data that a sensor sees, and quantizers that it tries."""
+    if calibration is None:
+        return None
+    return calibration.judged_digest if tries_quantizers(job) else calibration.digest
 
 
 def sensing_quantizes(job: Job) -> bool:
@@ -538,6 +548,7 @@ def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None
 
     o = job.options
     shown = calibration if SENSORS[o.sensitivity].needs_data else None
+    tries = shown is not None and tries_quantizers(job)
     return Scene(
         job.folder,
         job.spec,
@@ -545,8 +556,9 @@ def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None
         o.seed,
         o.scope,
         model=lambda attention: source_model(job, attention),
-        batches=shown.batches if shown else (),
-        data_digest=shown.digest if shown else "",
+        batches=() if shown is None else shown.judges if tries else shown.batches,
+        fitted=shown.batches if shown and tries else None,
+        data_digest=sensed_digest(job, shown) or "",
         quantizer=sensed_as(o.method),
         memory_bytes=work_memory(job),
         scratch=run.path,
@@ -673,14 +685,11 @@ def tried(
         return Trial(**read_json(file))
     if calibration is None:
         return None
-    from mopeq.data.calibration import more_of
-    from mopeq.models import load_config
     from mopeq.sense.trial import trial
 
-    fresh = more_of(job.folder, load_config(job.folder), o.calib, o.seed, calibration, TRIAL_TOKENS)
-    batches, scene = fresh or calibration.batches, scene_of(job, run, sense_digest(job, calibration), calibration)
+    fresh, scene = calibration.tries, scene_of(job, run, sense_digest(job, calibration), calibration)
     found: Trial | None = by_layers_or_whole(
-        job, lambda parts: trial(replace(scene, parts=parts), map_, uniform, batches, bool(fresh))
+        job, lambda parts: trial(replace(scene, parts=parts), map_, uniform, fresh or calibration.batches, bool(fresh))
     )
     if found is not None:
         write_atomic(file, json_bytes(vars(found)))

@@ -15,6 +15,7 @@ import tiny
 from made import DTYPES, digests, header_of, payload, quantize, room, source, stored
 from warm import mopeq
 
+from mopeq.errors import MopeqError
 from mopeq.progress import silence
 from mopeq.rundir import Kept
 from mopeq.sense import moments
@@ -243,7 +244,8 @@ def test_progress_stays_on_stderr(tmp_path: Path) -> None:
 def test_what_sensing_quantized_is_taken_over(
     sensor: str, method: str, walked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made once, in sensing, unless the disk has no room for it; the bytes and the notes are the same."""
+    """Made once, in sensing, unless the disk has no room for it; the bytes and the notes are the same. A walk needs the
+    room: what it makes on the way forward is wanted on the way back."""
     passes: list[int] = []
     monkeypatch.setattr("mopeq.sense.moments.gather", counting(moments.gather, passes))
     if walked:
@@ -253,7 +255,11 @@ def test_what_sensing_quantized_is_taken_over(
     with silence():
         taken = quantize(source("olmoe"), tmp_path / "taken", **asked)
         assert not passes and not list((tmp_path / "taken" / ".mopeq" / "sensitivity").glob("*.parts"))
-        monkeypatch.setattr(Kept, "has_room", lambda kept, nbytes: False)
+        monkeypatch.setattr(Kept, "room", 0)
+        if walked:
+            with pytest.raises(MopeqError, match=r"keeps [\d.]+ MiB of quantized matrices, 0 bytes are free"):
+                quantize(source("olmoe"), tmp_path / "again", **asked)
+            return
         again = quantize(source("olmoe"), tmp_path / "again", **asked)
     assert passes and digests(tmp_path / "taken") == digests(tmp_path / "again")
     assert taken["notes"] == again["notes"] and "no calibration token reached" in "".join(taken["notes"])

@@ -29,7 +29,7 @@ from mopeq.nouns import LinearId
 from mopeq.options import Options
 from mopeq.packed import read_map
 from mopeq.progress import silence
-from mopeq.rundir import Kept
+from mopeq.rundir import CANDIDATES, Kept
 from mopeq.seam import Seen, plain_forward, watch
 from mopeq.sense import SENSORS, quadratic
 from mopeq.sense.scene import Scene
@@ -183,6 +183,28 @@ def test_sensitivities_are_the_same_bit_for_bit(kind: str, sensor: str, quantize
     if found[0].stderr_IF is not None:
         assert np.array_equal(found[0].stderr_IF, found[1].stderr_IF)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "qwen3_vl_moe"])
+@pytest.mark.parametrize(("sensor", "quantizer"), [("fisher", "gptq"), ("fisher-seq", "signround"), ("error", "gptq")])
+def test_what_was_fitted_to_other_data_is_judged(kind: str, sensor: str, quantizer: str, tmp_path: Path) -> None:
+    """Costs are those of the matrices that the other data makes, walked or not, kept on disk or not."""
+    sense = pick(SENSORS, sensor, "sensor")
+    found = []
+    for walked in (False, True):
+        scene = scene_of(kind, walked, quantizer, tmp_path / "scratch")
+        judged = replace(scene, batches=scene.batches[1:], fitted=scene.batches[:1])
+        kept = Kept(tmp_path / f"kept-{walked}")
+        found += [sense(judged), sense(replace(judged, kept=kept))]
+    kept.drop(but=CANDIDATES)
+    found.append(sense(replace(judged, fitted=(), kept=kept)))  # none need be seen again
+    fitted = replace(judged, fitted=None, batches=scene.batches[:1], kept=Kept(tmp_path / "made"))
+    other = sense(fitted)
+    fitted.kept.drop(but=CANDIDATES)
+    found.append(sense(replace(fitted, batches=judged.batches)))
+    for one in found:
+        assert np.array_equal(one.cost_IF, found[0].cost_IF) and np.array_equal(one.tokens_LE, found[0].tokens_LE)
+    assert found[0].cost_IF.sum() > 1.05 * other.cost_IF.sum() > 0, "what was fitted to data errs less there"
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "qwen3_vl_moe"])

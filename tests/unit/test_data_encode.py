@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopeq.data.calibration import asked_batches, text_batches
+from mopeq.data.calibration import asked_rows, front, text_rows
 from mopeq.data.encode import _ids as ids_of
 from mopeq.data.encode import (
     batches,
@@ -199,7 +199,7 @@ def test_batches_of_an_evaluation(folder: Path, processor) -> None:
     with pytest.raises(BadInput, match="c:3.*512"):
         list(batches([long], processor, config, 64))
     with pytest.raises(BadInput, match="c:3.*512"):  # calibration shows no more than evaluation does
-        list(asked_batches([long], processor, config, 64))
+        list(asked_rows([long], processor, config))
 
 
 def test_a_corpus_in_one_line_is_tokenized_as_far_as_it_is_shown(folder: Path, processor, monkeypatch) -> None:
@@ -208,13 +208,14 @@ def test_a_corpus_in_one_line_is_tokenized_as_far_as_it_is_shown(folder: Path, p
 
     config = AutoConfig.from_pretrained(folder)
     corpus = Item(text="red green, a circle: " * 3000)
-    made = list(text_batches([corpus], processor, config, 600))
+
+    def rows_of() -> list[dict[str, torch.Tensor]]:
+        return front(text_rows([corpus], processor, config, 600, 64 * 600), 600)
+
+    made = rows_of()
     read: list[int] = []
     monkeypatch.setattr("mopeq.data.encode._ids", lambda text, t: read.append(len(text)) or ids_of(text, t))
-    assert all(
-        torch.equal(a["input_ids"], b["input_ids"])
-        for a, b in zip(made, text_batches([corpus], processor, config, 600), strict=True)
-    )
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, rows_of(), strict=True))
     assert read == [64 * 600]
     rows = torch.cat([batch["input_ids"].flatten() for batch in made])
     assert rows.tolist() == ids_of(corpus.text, tokenizer_of(processor))[: rows.numel()] and rows.numel() >= 600

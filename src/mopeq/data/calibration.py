@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item, builtin, read
 from mopeq.errors import BadInput
-from mopeq.progress import silence
 
 WINDOW = 256  # tokens of joined text shown at a time: few, as no model was trained on less than it is shown here
 ROWS = 8  # windows in a batch
@@ -28,18 +27,40 @@ PICTURES = 512  # drawn questions at hand where the built-in set is used for a v
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches in the order they are shown, the digest of their token ids and pixels, and what to tell the user."""
+    """Batches in the order they are shown, the digest of their token ids and pixels, and what to tell the user.
+
+    `judges`: what is fitted to `batches` is judged by these; `tries`: what is chosen by the judges is tried on these.
+    """
 
     batches: tuple[Batch, ...]
     digest: str
     tokens: int
     notes: tuple[str, ...]
+    judges: tuple[Batch, ...]
+    tries: tuple[Batch, ...]
+
+    @cached_property
+    def judged_digest(self) -> str:
+        """Of what is shown and its judges, if these are others."""
+        own = {id(batch) for batch in self.batches}
+        others = any(id(batch) not in own for batch in self.judges)
+        return digest((*self.batches, *self.judges)) if others else self.digest
 
 
-def calibrate_with(folder: Path, config: Any, paths: Sequence[str | Path], tokens: int, seed: int) -> Calibration:
+def calibrate_with(
+    folder: Path,
+    config: Any,
+    paths: Sequence[str | Path],
+    tokens: int,
+    seed: int,
+    judging: bool = False,
+    trying: int = 0,
+) -> Calibration:
     """About `tokens` tokens of calibration data. With text and pictures at hand, half the tokens are of each.
 
-    Without `paths` the built-in set is used, which is said in the notes. BadInput where the data is empty.
+    If `judging`, as many tokens of further rows are the judges, else what is shown is; about `trying` tokens of yet
+    other rows are to try on. At most half of what more there is goes to trying; where it runs out, what is shown judges
+    too. Without `paths` the built-in set is used, which is said in the notes. BadInput where the data is empty.
     """
     processor = load_processor(folder)
     if paths:
@@ -53,27 +74,59 @@ def calibrate_with(folder: Path, config: Any, paths: Sequence[str | Path], token
     order.shuffle(texts)
     order.shuffle(asked)
     for_text = tokens if not asked else (0 if not texts else tokens // 2)
-    shown = interleaved(
-        list(text_batches(texts, processor, config, for_text)),
-        list(joined(asked_batches(asked, processor, config, tokens - for_text))),
-    )
+    last = LONGEST_TOKEN * ((1 + judging) * for_text + trying)  # a corpus in one line is not tokenized for nothing
+    shares: list[Share] = [
+        share(text_rows(texts, processor, config, for_text, last), for_text, text_batches, judging, trying, tokens),
+        share(asked_rows(asked, processor, config), tokens - for_text, joined, judging, trying, tokens),
+    ]
+    shown, judges, tries = (tuple(interleaved(*kinds)) for kinds in zip(*shares, strict=True))
     if not shown:
         raise BadInput("the calibration data holds no tokens", "give a --calib file with text or questions")
-    count = sum(batch["input_ids"].numel() for batch in shown)
-    if count < 0.9 * tokens:
-        notes.append(f"the calibration data gave {count} tokens where {tokens} were asked for")
-    return Calibration(tuple(shown), digest(shown), count, tuple(notes))
+    if (given := count(shown)) < 0.9 * tokens:
+        notes.append(f"the calibration data gave {given} tokens where {tokens} were asked for")
+    fitted = {id(batch) for batch in shown}
+    if judging and (same := count([b for b in judges if id(b) in fitted])) > given / 2:
+        notes.append(
+            f"what is fitted to {given} calibration tokens is judged by {same} of them, since there is little other"
+            " data: costs of rarely chosen experts look too low"
+        )
+    return Calibration(shown, digest(shown), given, tuple(notes), judges, tries)
 
 
-def more_of(
-    folder: Path, config: Any, paths: Sequence[str | Path], seed: int, shown: Calibration, tokens: int
-) -> tuple[Batch, ...]:
-    """Batches of about `tokens` further tokens of the same data, none of whose rows were shown; () where it ends."""
-    with silence():
-        longer = calibrate_with(folder, config, paths, shown.tokens + tokens, seed)
-    known = {row.numpy().tobytes() for batch in shown.batches for row in batch["input_ids"]}
-    fresh = [b for b in longer.batches if not any(row.numpy().tobytes() in known for row in b["input_ids"])]
-    return tuple(fresh)
+Share = tuple[list[Batch], list[Batch], list[Batch]]
+
+
+def share(
+    rows: Iterator[Batch],
+    wanted: int,
+    batched: Callable[[list[Batch]], Iterator[Batch]],
+    judging: bool,
+    trying: int,
+    tokens: int,
+) -> Share:
+    """Of text or of pictures, `wanted` of `tokens` tokens and more: batches to show, judges, and those to try on."""
+    own = front(rows, wanted)
+    trying = trying * wanted // tokens
+    more = front(rows, judging * count(own) + trying)
+    tried = front(reversed(more), min(trying, count(more) // 2))[::-1]
+    others = front(iter(more[: len(more) - len(tried)]), judging * count(own))
+    shown, missing = list(batched(own)), count(own) - count(others)
+    fill = front(iter(shown), missing if missing > count(own) / 10 else 0)
+    return shown, [*batched(others), *fill], list(batched(tried))
+
+
+def count(batches: Sequence[Batch]) -> int:
+    """Tokens, padding too."""
+    return sum(batch["input_ids"].numel() for batch in batches)
+
+
+def front(batches: Iterator[Batch], tokens: int) -> list[Batch]:
+    """The next ones, until they have so many tokens."""
+    found: list[Batch] = []
+    while tokens > 0 and (batch := next(batches, None)) is not None:
+        found.append(batch)
+        tokens -= batch["input_ids"].numel()
+    return found
 
 
 def interleaved(*kinds: list[Batch]) -> list[Batch]:
@@ -82,28 +135,25 @@ def interleaved(*kinds: list[Batch]) -> list[Batch]:
     return [kinds[k][i] for _, k, i in sorted(at)]
 
 
-def text_batches(items: list[Item], processor: Any, config: Any, tokens: int) -> Iterator[Batch]:
-    """Windows of joined text, a few rows at a time, up to `tokens` tokens."""
+def text_rows(items: list[Item], processor: Any, config: Any, tokens: int, last: int) -> Iterator[Batch]:
+    """Windows of joined text, of as many as `tokens` tokens where these are few; a text's end is left out past its
+    character `last`."""
     window = min(WINDOW, max_positions(config) or WINDOW, max(tokens, 2))
-    most = LONGEST_TOKEN * tokens  # a corpus in one line is not tokenized for what is not shown
-    all_rows = windows((item.text[:most] for item in items if item.text), tokenizer_of(processor), window)
-    rows = list(islice(all_rows, -(-tokens // window)))
-    for length in sorted({len(row) for row in rows}, reverse=True):
-        alike = [row for row in rows if len(row) == length]
+    for ids in windows((item.text[:last] for item in items if item.text), tokenizer_of(processor), window):
+        yield {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+
+
+def text_batches(rows: list[Batch]) -> Iterator[Batch]:
+    """A few rows at a time, the longest first."""
+    for length in sorted({row["input_ids"].shape[1] for row in rows}, reverse=True):
+        alike = [row for row in rows if row["input_ids"].shape[1] == length]
         for at in range(0, len(alike), ROWS):
-            ids = torch.stack(alike[at : at + ROWS])
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            yield {key: torch.cat([row[key] for row in alike[at : at + ROWS]]) for key in alike[0]}
 
 
-def asked_batches(items: list[Item], processor: Any, config: Any, tokens: int) -> Iterator[Batch]:
-    """Conversations with their answers, one a row, up to `tokens` tokens."""
-    shown = 0
-    for item in items:
-        if shown >= tokens:
-            return
-        batch = asked(item, processor, config)
-        shown += batch["input_ids"].numel()
-        yield batch
+def asked_rows(items: list[Item], processor: Any, config: Any) -> Iterator[Batch]:
+    """Conversations with their answers, one a row."""
+    return (asked(item, processor, config) for item in items)
 
 
 def digest(batches: Sequence[Batch]) -> str:

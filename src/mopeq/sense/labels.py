@@ -12,20 +12,14 @@ import torch
 from torch import Tensor
 
 from mopeq.data.encode import model_inputs, no_padding
-from mopeq.sense.scene import Batch, show
+from mopeq.sense.scene import Batch
 from mopeq.walk.walking import Walk
 
 DRAWN = 256  # rows whose labels are drawn at a time
 
 
-def sampled_loss(walking: Walk, batch: Batch, generator: torch.Generator) -> Tensor | None:
-    """The summed loss (nats) of labels drawn from the model's own predictions, over the positions that predict.
-
-    None, and nothing is drawn, where no gradient is asked for: in a rehearsal.
-    """
-    if not torch.is_grad_enabled():
-        show(walking, batch)
-        return None
+def sampled_loss(walking: Walk, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The summed loss (nats) of labels drawn from the model's own predictions, over the positions that predict."""
     logits_SV = predicting_logits(walking.model, batch, walking.device)
     labels_S = torch.cat([draw(rows, generator) for rows in logits_SV.detach().split(DRAWN)])
     return torch.nn.functional.cross_entropy(logits_SV, labels_S.to(walking.device), reduction="sum")

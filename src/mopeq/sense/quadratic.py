@@ -27,7 +27,8 @@ from torch import Tensor
 
 from mopeq.alloc.halves import regret
 from mopeq.data.encode import no_padding
-from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity
+from mopeq.errors import MopeqError
+from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity, size_text
 from mopeq.progress import Progress, progress
 from mopeq.quant import QUANTIZERS
 from mopeq.quant.descent import slices
@@ -36,7 +37,7 @@ from mopeq.seam import Seen, plain_forward, watch, weights
 from mopeq.sense.frequency import Counts, token_facts
 from mopeq.sense.labels import predicting, sampled_loss, skip_draws
 from mopeq.sense.moments import Adding, Moments
-from mopeq.sense.scene import Scene, shows, walk
+from mopeq.sense.scene import Batch, Scene, shows, walk
 from mopeq.stream import naming
 from mopeq.tables import pick
 from mopeq.tensors import QWeight
@@ -202,9 +203,9 @@ def take_in_memory(taker: Taker) -> int:
     if (used := settled_after(taker, kept)) is not None:
         return used
     seen: dict[int, Moments] = {}
-    if unseen := to_rehearse(scene, visit.layers):
-        with progress("sense: moments", len(scene.batches), "batches") as p:
-            seen = rehearsed(scene, walking, visit, unseen, p.step)
+    if unseen := to_see(scene, visit.layers):
+        with progress("sense: moments", len(fitted(scene)), "batches") as p:
+            seen = moments_ahead(scene, walking, visit, unseen, p.step)
     with progress("sense: candidates", candidate_weights(scene, [layer for layer, _ in visit.layers]), "weights") as p:
         taker.candidates = candidates(scene, walking, visit.layers, seen, p.step)
     taker.done = set(taker.counted)  # from here on: moments were of all batches
@@ -219,38 +220,63 @@ def take_in_memory(taker: Taker) -> int:
 
 
 def take_walking(taker: Taker) -> int:
-    """All batches layer by layer, and how many were enough: each layer comes once, so settling saves nothing here."""
+    """All batches layer by layer, and how many were enough: each layer comes once, so settling saves nothing here.
+
+    A quantizer that must see data does so on the way forward; what it makes is kept for the way back.
+    """
     scene, walking = taker.scene, taker.walking
+    if needs_data := QUANTIZERS[scene.quantizer].needs_data:
+        check_room(scene)
+    held: dict[tuple[int, str], list[QWeight]] = {}
     with progress(f"sense: {taker.kind}", len(scene.spec.layers), "layers") as p:
         for visit in visits_of(taker):
             taker.counting = not visit.backward
-            pairs = visit.layers if visit.backward or taker.kind == "error" else ()
-            todo = []
-            for layer, module in pairs:
-                if (kept := scene.kept.load(f"layer-{layer.layer}")) is None:
-                    todo.append((layer, module))
-                    continue
-                for name, form in kept.items():
-                    number, _, projection = name.partition(".")
-                    taker.found[int(number), layer.layer, projection] = torch.from_numpy(form)
-            taker.layer_of = {id(module): layer for layer, module in todo}
-            work = 2 * candidate_weights(scene, [layer for layer, _ in todo])  # candidates count as half of a layer
-            tick = partial(part_of, p, len(todo) / work if work else 0)
-            seen = rehearsed(scene, walking, visit, to_rehearse(scene, todo))
-            taker.candidates = candidates(scene, walking, todo, seen, tick)
+            taking = visit.backward or taker.kind == "error"
+            todo = [pair for pair in visit.layers if not scene.kept.has(f"layer-{pair[0].layer}")]
+            if not visit.backward if needs_data else taking:  # candidates count as half of a layer
+                make = to_see(scene, todo) if needs_data else todo
+                tick = partial(part_of, p, 0.5 * len(make) / max(1, candidate_weights(scene, [x for x, _ in make])))
+                held |= candidates(scene, walking, make, moments_ahead(scene, walking, visit, make), tick)
+                p.step((len(visit.layers) - len(make)) / 2)
+            if taking:
+                there = [(layer, module) for layer, module in todo if (layer.layer, layer.projections[0]) not in held]
+                taker.candidates = held | kept_candidates(scene, there)
+                taker.layer_of = {id(module): layer for layer, module in todo}
             with watch(walking.model, taker):
                 for _ in visit.each():
                     taker.count_batch()
-            for layer, _ in todo:
-                forms = {
-                    f"{n}.{q}": f.cpu().numpy() for (n, number, q), f in taker.found.items() if number == layer.layer
-                }
-                scene.kept.save(f"layer-{layer.layer}", forms)
-            p.step(len(pairs) - len(todo) / 2)
-            taker.candidates.clear()  # before the next layer comes
+            if taking:
+                keep_layers(taker, [layer for layer, _ in visit.layers])
+                taker.candidates, taker.layer_of = {}, {}
+                p.step(len(visit.layers) / 2)
+            done = {layer.layer for layer, _ in visit.layers if taking or scene.kept.has(f"{CANDIDATES}{layer.layer}")}
+            held = {key: ways for key, ways in held.items() if key[0] not in done}  # before the next layer comes
     used = settled_after(taker, len(scene.batches))
     assert used is not None
     return used
+
+
+def keep_layers(taker: Taker, layers: Sequence[MoELayer]) -> None:
+    """Have the run directory keep what all batches left of these layers, or take what it has kept of them."""
+    for layer in layers:
+        if (kept := taker.scene.kept.load(item := f"layer-{layer.layer}")) is None:
+            forms = {f"{n}.{p}": f.cpu().numpy() for (n, at, p), f in taker.found.items() if at == layer.layer}
+            taker.scene.kept.save(item, forms)
+            continue
+        for name, form in kept.items():
+            number, _, projection = name.partition(".")
+            taker.found[int(number), layer.layer, projection] = torch.from_numpy(form)
+
+
+def check_room(scene: Scene) -> None:
+    """MopeqError where what a walk's quantizer makes on the way forward cannot be kept for the way back."""
+    todo = [layer for layer in scene.spec.layers if not scene.kept.has(f"{CANDIDATES}{layer.layer}")]
+    need, free = sum(candidate_bytes(scene, layer) for layer in todo), scene.kept.room
+    if need > free:
+        raise MopeqError(
+            f"sensing layer by layer keeps {size_text(need)} of quantized matrices, {size_text(free)} are free there",
+            "free some disk, choose a --run elsewhere, or more --max-memory for the whole model",
+        )
 
 
 def candidate_weights(scene: Scene, layers: Sequence[MoELayer]) -> int:
@@ -305,7 +331,11 @@ def visits_of(taker: Taker) -> Iterator[Visit]:
     if taker.kind != "error":
         runs = [partial(sampled_loss, walking, b, generator) for b in scene.batches]
     once = [partial(unless_done, number, run) for number, run in enumerate(runs)]
-    return walking.forward(once, layers_only=True) if taker.kind == "error" else walking.gradients(once)
+    unquantized = any(not scene.kept.has(f"{CANDIDATES}{layer.layer}") for layer in scene.spec.layers)
+    ahead = shows(walking, fitted(scene)) if QUANTIZERS[scene.quantizer].needs_data and unquantized else []
+    if taker.kind == "error":
+        return walking.forward(once, layers_only=True, ahead=ahead)
+    return walking.gradients(once, ahead)
 
 
 def share(scene: Scene, kind: str, layers: Sequence[int], batches: Sequence[int]) -> None:
@@ -317,10 +347,10 @@ def share(scene: Scene, kind: str, layers: Sequence[int], batches: Sequence[int]
         visit = next(visits_of(taker))
         if layers:
             mine = [pair for pair in visit.layers if pair[0].layer in layers]
-            candidates(scene, walking, mine, rehearsed(scene, walking, visit, to_rehearse(scene, mine)))
+            candidates(scene, walking, mine, moments_ahead(scene, walking, visit, to_see(scene, mine)))
         if batches:
             taker.layer_of = {id(module): layer for layer, module in visit.layers}
-            seen = rehearsed(scene, walking, visit, to_rehearse(scene, visit.layers))
+            seen = moments_ahead(scene, walking, visit, to_see(scene, visit.layers))
             taker.candidates = candidates(scene, walking, visit.layers, seen)
             taker.done = set(range(len(scene.batches))) - set(batches)
             with watch(walking.model, taker):
@@ -391,26 +421,32 @@ def summed(scene: Scene, values: Sequence[np.ndarray], which: Sequence[int]) -> 
     return list(sums.values())
 
 
-def to_rehearse(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> list[tuple[MoELayer, Any]]:
+def fitted(scene: Scene) -> Sequence[Batch]:
+    """What a quantizer that must see data is fitted to."""
+    return scene.batches if scene.fitted is None else scene.fitted
+
+
+def to_see(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> list[tuple[MoELayer, Any]]:
     """Those of some layers whose quantizer must have seen the data, and has not quantized them yet."""
     if not QUANTIZERS[scene.quantizer].needs_data:
         return []
     return [(layer, module) for layer, module in pairs if not scene.kept.has(f"{CANDIDATES}{layer.layer}")]
 
 
-def rehearsed(
+def moments_ahead(
     scene: Scene,
     walking: Walk,
     visit: Visit,
     pairs: Sequence[tuple[MoELayer, Any]],
     step: Callable[[], None] = lambda: None,
 ) -> dict[int, Moments]:
-    """The moments of layers of a visit, by layer number; `step` is told of each batch."""
-    adding = Adding(walking, scene.batches, pairs)
-    if pairs:
-        with watch(walking.model, adding):
-            for _ in visit.rehearse():
-                step()
+    """The moments of layers of a visit, by layer number, of the batches that go ahead; `step` is told of each."""
+    if walking.whole and not pairs:
+        return {}
+    adding = Adding(walking, fitted(scene), pairs)
+    with watch(walking.model, adding):
+        for _ in visit.ahead():
+            step()
     return {layer.layer: adding.found.pop(id(module)) for layer, module in pairs}
 
 
@@ -438,7 +474,8 @@ def candidates(
         made |= {(layer.layer, p): ways for p, ways in found.items()}
         tokens_E, finite = (np.zeros(0), True) if moments is None else (moments.tokens_E.numpy(), moments.finite)
         del moments  # before what is kept is packed
-        if keeps and scene.kept.has_room(2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)):
+        spare = 2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)
+        if keeps and scene.kept.folder and (not walking.whole or scene.kept.room > spare):  # a walk has looked before
             packed = {(p, f): q.pack() for p, ways in found.items() for f, q in enumerate(ways)}
             arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in packed.items() for k, t in part.items()}
             scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays | {"tokens": tokens_E, "finite": np.array(finite)})

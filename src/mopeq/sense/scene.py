@@ -29,9 +29,11 @@ class Scene:
     """A checkpoint, the formats in question, and for those who need it a model, calibration batches, a quantizer.
 
     `model(attention)` loads the model (float32 on CPU); `batches` are encoded calibration, each with `image_mask`
-    where pictures are in it. `scope` is "model" or "layer", for scores that are scaled before they are combined.
-    `quantizer` is a row's name in QUANTIZERS. Where the model is not to be in memory whole, `parts(exact)` gives it
-    layer by layer, and activations beyond `memory_bytes` wait in `scratch`. `kept` has what an earlier run did.
+    where pictures are in it; `fitted` is what quantizers see of it, where that is not what they are judged by (what was
+    fitted to data errs less on it than elsewhere). `scope` is "model" or "layer", for scores that are scaled before
+    they are combined. `quantizer` is a row's name in QUANTIZERS. Where the model is not to be in memory whole,
+    `parts(exact)` gives it layer by layer, and activations beyond `memory_bytes` wait in `scratch`. `kept` has what an
+    earlier run did.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Scene:
     scope: str = "model"
     model: Callable[[str | None], Any] | None = None
     batches: tuple[Batch, ...] = ()
+    fitted: tuple[Batch, ...] | None = None
     data_digest: str = ""
     quantizer: str = "rtn"
     memory_bytes: int = 1 << 32

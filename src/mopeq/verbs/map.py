@@ -101,7 +101,7 @@ def run_of(out: Path, facts: dict[str, Any]) -> RunDir:
 def saved_sensitivity(run: RunDir, facts: dict[str, Any], job: Job) -> Sensitivity | None:
     """The newest saved of the job's method, formats and matrices; where it shows data, of the checkpoint's data."""
     method, linears = job.options.sensitivity, [linear for linear, _ in job.spec.linears]
-    data = (facts.get("calibration") or {}).get("digest") if SENSORS[method].needs_data else None
+    data = (facts.get("calibration") or {}).get("sensed") if SENSORS[method].needs_data else None
     return next(
         (
             s

@@ -224,7 +224,7 @@ def gather_senses(
             f"No sensitivity was taken: --allocate {options['allocate']} asks for none.", other
         )
         return None
-    data = table(facts, "calibration").get("digest") if needs_data(method) else None
+    data = table(facts, "calibration").get("sensed") if needs_data(method) else None
     wanted = set(map_)
     found = next(
         (

@@ -57,8 +57,8 @@ class Call:
 class Job:
     """One batch's way through the model. `go` lets it move until it comes to a part (`call`) or ends."""
 
-    def __init__(self, number: int, run: Run, differentiable: bool):
-        self.number, self.run, self.differentiable = number, run, differentiable
+    def __init__(self, number: int, run: Run, differentiable: bool, ahead: bool = False):
+        self.number, self.run, self.differentiable, self.ahead = number, run, differentiable, ahead
         self.call: Call | None = None
         self.loss: Tensor | None = None
         self.error: BaseException | None = None
@@ -104,11 +104,6 @@ class Job:
         given, self.given = self.given, None
         return given
 
-    def rehearse(self) -> None:
-        assert self.call is not None
-        with torch.no_grad():
-            self.call.run()
-
     def drop(self) -> None:
         if self.thread is not None and self.thread.is_alive():
             self.dropped = True
@@ -122,14 +117,14 @@ class Visit:
     does so one after another, as it is iterated.
 
     `layers`: its MoE layers and their experts modules; `backward`: gradients flow (outputs of those modules are
-    differentiable, and their hooks run). `rehearse()` takes the batches through without any effect, before `run` and
-    as it is iterated, for those who must have seen a layer's inputs first.
+    differentiable, and their hooks run). `ahead()` takes the batches that go ahead through, as it is iterated: before
+    the others, and in every visit on the way forward.
     """
 
     layers: tuple[tuple[MoELayer, Any], ...]
     backward: bool
     each: Callable[[], Iterator[None]]
-    rehearse: Callable[[], Iterator[None]]
+    ahead: Callable[[], Iterator[None]]
 
     def run(self) -> None:
         for _ in self.each():
@@ -209,13 +204,6 @@ class Record:
         args, kwargs = tree_unflatten(leaves, self.shape)
         return tree_flatten(self.call.context.run(self.call.forward, *args, **kwargs))[0]
 
-    def rehearse(self) -> None:
-        leaves = list(self.leaves)
-        for i, (ticket, _) in self.kept.items():
-            leaves[i] = self.shelf.look(ticket)
-        with torch.no_grad():
-            self.again(leaves)
-
     def backward(self) -> None:
         """Run the part again, with a graph, and hand the gradients of its inputs on to what made them."""
         leaves = list(self.leaves)
@@ -257,36 +245,37 @@ class Walk:
         """Whether all weights are resident, so that nothing is walked."""
         return not any(part.streamed for part in self.parts.parts)
 
-    def forward(self, runs: Sequence[Run], layers_only: bool = False) -> Iterator[Visit]:
-        """Visits in the order that the batches need. Every visit's `run` must be called, once.
+    def forward(self, runs: Sequence[Run], layers_only: bool = False, ahead: Sequence[Run] = ()) -> Iterator[Visit]:
+        """Visits in the order that the batches need. Every visit's `run` must be called, once; before it `ahead`, where
+        there are such runs: those that go ahead, for who must know all of a layer's inputs before it runs for others.
 
         layers_only=True: nobody asks for what the runs return, so the last MoE layer may be the end.
         """
         if self.whole:
-            yield self.plainly(runs, False)
+            yield self.plainly(runs, False, ahead)
             return
         left = {part.name for part in self.parts.parts if part.layers}
-        for part, visit in self.onward(runs, None):
+        for part, visit in self.onward(runs, None, ahead):
             yield visit
             left.discard(part.name)
             if layers_only and not left:
                 return
 
-    def gradients(self, runs: Sequence[Run]) -> Iterator[Visit]:
+    def gradients(self, runs: Sequence[Run], ahead: Sequence[Run] = ()) -> Iterator[Visit]:
         """As `forward`, and then back: each run's loss is differentiated. Visits with `backward` are where gradients
         flow; the order of the batches is the same there."""
         if self.whole:
-            yield self.plainly(runs, True)
+            yield self.plainly(runs, True, ahead)
             return
         trail: list[tuple[Part, list[Record]]] = []
-        for _, visit in self.onward(runs, trail):
+        for _, visit in self.onward(runs, trail, ahead):
             yield visit
         while trail:
             part, records = trail.pop()
             with self.parts.loaded(part):
-                yield Visit(part.layers, True, partial(self.back, records), partial(self.rehearse, records))
+                yield Visit(part.layers, True, partial(self.back, records), lambda: iter(()))
 
-    def plainly(self, runs: Sequence[Run], backward: bool) -> Visit:
+    def plainly(self, runs: Sequence[Run], backward: bool, ahead: Sequence[Run]) -> Visit:
         """One visit for the whole model, batch by batch."""
 
         def each() -> Iterator[None]:
@@ -298,14 +287,14 @@ class Walk:
                     loss.backward()
                 yield
 
-        def rehearse() -> Iterator[None]:
-            for number, one in enumerate(runs):
+        def first() -> Iterator[None]:
+            for number, one in enumerate(ahead):
                 self.now = number
                 with torch.no_grad():
                     one()
                 yield
 
-        return Visit(tuple(pair for part in self.parts.parts for pair in part.layers), backward, each, rehearse)
+        return Visit(tuple(pair for part in self.parts.parts for pair in part.layers), backward, each, first)
 
     def back(self, records: list[Record]) -> Iterator[None]:
         records.reverse()
@@ -314,16 +303,11 @@ class Walk:
             records.pop().backward()
             yield
 
-    def rehearse(self, waiting: Sequence[Job | Record]) -> Iterator[None]:
-        for one in waiting:
-            self.now = one.number
-            one.rehearse()
-            yield
-
     def onward(
-        self, runs: Sequence[Run], trail: list[tuple[Part, list[Record]]] | None
+        self, runs: Sequence[Run], trail: list[tuple[Part, list[Record]]] | None, ahead: Sequence[Run]
     ) -> Iterator[tuple[Part, Visit]]:
-        jobs = [Job(number, run, trail is not None) for number, run in enumerate(runs)]
+        jobs = [Job(number, run, False, ahead=True) for number, run in enumerate(ahead)]
+        jobs += [Job(number, run, trail is not None) for number, run in enumerate(runs)]
         own = [(part.module, part.module.__dict__.get("forward")) for part in self.parts.parts]
         for part in self.parts.parts:
             part.module.forward = stopping(part, part.module.forward)
@@ -340,8 +324,11 @@ class Walk:
                 records: list[Record] = []
                 with self.parts.loaded(part):
                     here = [job for job in waiting if job.call and job.call.part is part]
-                    pass_all = partial(self.pass_part, part, here, trail is not None, records)
-                    yield part, Visit(part.layers, False, pass_all, partial(self.rehearse, here))
+                    each, first = (
+                        partial(self.pass_part, part, [job for job in here if job.ahead == ahead_], records)
+                        for ahead_ in (False, True)
+                    )
+                    yield part, Visit(part.layers, False, each, first)
                 if records and trail is not None:
                     trail.append((part, records))
                     records = []
@@ -353,13 +340,13 @@ class Walk:
             for job in jobs:
                 job.drop()
 
-    def pass_part(self, part: Part, here: list[Job], differentiable: bool, records: list[Record]) -> Iterator[None]:
+    def pass_part(self, part: Part, here: list[Job], records: list[Record]) -> Iterator[None]:
         """Take the jobs that wait at a part through it, each up to where it waits next."""
         for job in here:
             assert job.call is not None
             self.now = job.number
             call, job.call = job.call, None
-            if not differentiable or not (part.layers or needs_gradient(call)):
+            if not job.differentiable or not (part.layers or needs_gradient(call)):
                 with torch.no_grad():
                     made = call.run()
             elif part.order[0] == HEAD:  # its graph is short-lived: the loss follows at once
