@@ -53,6 +53,12 @@ def shown_bytes(layers: list[MoELayer], options: Options) -> int:
     return candidates + moments
 
 
+def waiting_bytes(layer: MoELayer, options: Options) -> int:
+    """The hidden states of all tokens that wait for a layer to have its weights: those shown, and their judges."""
+    judged = options.senses and SENSORS[options.sensitivity].by_method and QUANTIZERS[options.method].needs_data
+    return 4 * layer.shapes["up"][1] * options.calib_tokens * (2 if judged else 1)
+
+
 def whole_bytes(spec: MoESpec, options: Options) -> int:
     """With the whole model in float32: what is fastest to show data to."""
     tuned = 12 * spec.expert_params if options.tune != "none" else 0  # originals, packed values and gradients beside
@@ -74,7 +80,7 @@ def layer_bytes(spec: MoESpec, options: Options) -> int:
         beside = PARAMETER * parts.get(part_of(layer.prefix), (0, 0))[0]
         steps = [read_back_bytes(spec, layer, options), packing_bytes(spec, layer, options)]
         if options.needs_data:
-            steps.append(PASSING + 4 * layer.params + shown_bytes([layer], options))
+            steps.append(PASSING + 4 * layer.params + shown_bytes([layer], options) + waiting_bytes(layer, options))
         biggest = max(biggest, beside + max(steps))
     return PROCESS + resident + biggest
 
