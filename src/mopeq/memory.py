@@ -55,8 +55,7 @@ def shown_bytes(layers: list[MoELayer], options: Options) -> int:
 
 def waiting_bytes(layer: MoELayer, options: Options) -> int:
     """The hidden states of all tokens that wait for a layer to have its weights: those shown, and their judges."""
-    judged = options.senses and SENSORS[options.sensitivity].by_method and QUANTIZERS[options.method].needs_data
-    return 4 * layer.shapes["up"][1] * options.calib_tokens * (2 if judged else 1)
+    return 4 * layer.shapes["up"][1] * options.calib_tokens * (2 if options.judges else 1)
 
 
 def whole_bytes(spec: MoESpec, options: Options) -> int:
@@ -72,15 +71,17 @@ def loaded_bytes(spec: MoESpec, expert_bytes: int) -> int:
     return PROCESS + PASSING + expert_bytes + sum(4 * t.count + t.nbytes for t in others)
 
 
-def layer_bytes(spec: MoESpec, options: Options) -> int:
-    """One layer at a time, or another part of the model: a walk holds a decoder layer, an embedding or a head."""
+def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:
+    """One layer at a time, or another part of the model: a walk holds a decoder layer, an embedding or a head. Not
+    `walked`: beside steps that show data to the whole model."""
     parts, resident = other_parts(spec)
     biggest = max((PARAMETER * count + largest for count, largest in parts.values()), default=0)
     for layer in spec.layers:
         beside = PARAMETER * parts.get(part_of(layer.prefix), (0, 0))[0]
         steps = [read_back_bytes(spec, layer, options), packing_bytes(spec, layer, options)]
-        if options.needs_data:
-            steps.append(PASSING + 4 * layer.params + shown_bytes([layer], options) + waiting_bytes(layer, options))
+        if options.needs_data and walked:
+            passing = max(PASSING, PASSING // 2 + waiting_bytes(layer, options))
+            steps.append(passing + 4 * layer.params + shown_bytes([layer], options))
         biggest = max(biggest, beside + max(steps))
     return PROCESS + resident + biggest
 

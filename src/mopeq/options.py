@@ -13,7 +13,7 @@ from mopeq.alloc import ALLOCATORS, NO_BUDGET
 from mopeq.errors import BadInput
 from mopeq.nouns import BASE36, Budget, Format, MoESpec, parse_size
 from mopeq.plan import PER, other_format
-from mopeq.quant import QUANTIZERS
+from mopeq.quant import QUANTIZERS, sensed_as
 from mopeq.sense import SENSORS
 from mopeq.tables import row
 
@@ -142,6 +142,16 @@ class Options:
     def senses(self) -> bool:
         """Whether a sensitivity is asked for."""
         return self.map is None and self.allocate not in ("uniform", "random")
+
+    @property
+    def tries_quantizers(self) -> bool:
+        """Whether sensing quantizes, to see what it costs."""
+        return self.senses and SENSORS[self.sensitivity].by_method and SENSORS[self.sensitivity].needs_data
+
+    @property
+    def judges(self) -> bool:
+        """Whether what sensing quantizes is fitted to data, so that other data must tell what it costs."""
+        return self.tries_quantizers and QUANTIZERS[sensed_as(self.method)].needs_data
 
     @property
     def needs_data(self) -> list[str]:

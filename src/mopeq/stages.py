@@ -255,6 +255,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
         if (done := finished(out, digest)) is not None:  # by another process, between the look above and the lock
             return done
         claim(job, out, before)
+        check_room(job, run, calibration)
         run.event("start", job=digest)
         write_atomic(run.path / "spec.json", json_bytes(forecast(job) | made_from(job, calibration)))
         checked = stage_digest(
@@ -436,9 +437,8 @@ def load_calibration(job: Job) -> Calibration | None:
 
     o, config = job.options, load_config(job.folder)
     check_reads_text(config)
-    trying = TRIAL_TOKENS if tries_quantizers(job) else 0
-    judging = trying > 0 and QUANTIZERS[sensed_as(o.method)].needs_data
-    calibration = calibrate_with(job.folder, config, o.calib, o.calib_tokens, o.seed, judging, trying)
+    trying = TRIAL_TOKENS if o.tries_quantizers else 0
+    calibration = calibrate_with(job.folder, config, o.calib, o.calib_tokens, o.seed, o.judges, trying)
     for note in calibration.notes:
         say(f"note: {note}")
     return calibration
@@ -446,7 +446,7 @@ def load_calibration(job: Job) -> Calibration | None:
 
 def check_memory(job: Job) -> None:
     """BadInput where the memory allowed (or free) cannot hold one layer and what is done with it."""
-    o, need = job.options, layer_bytes(job.spec, job.options)
+    o, need = job.options, layer_bytes(job.spec, job.options, walked=not runs_whole(job))
     limit = available_memory() if o.memory_bytes is None else o.memory_bytes
     if (o.senses and o.sensitivity == "hutchinson") or o.tune != "none":  # not layer by layer
         need = whole_bytes(job.spec, o)
@@ -482,6 +482,27 @@ def checks_experts(job: Job) -> bool:
     return bool(job.options.needs_data) and runs_whole(job)
 
 
+def check_room(job: Job, run: RunDir, calibration: Calibration | None) -> None:
+    """BadInput where there is no room for what a walk quantizes on the way forward, to be judged on the way back."""
+    o = job.options
+    if skips_sense(job) or not o.judges or runs_whole(job):
+        return
+    digest = sense_digest(job, calibration)
+    if run.load_sensitivity(digest) is not None:
+        return
+    kept = run.kept(digest)
+    todo = [layer for layer in job.spec.layers if not kept.has(f"{CANDIDATES}{layer.layer}")]
+    need = sum(
+        layer.experts * fmt.nbytes(*shape) for layer in todo for shape in layer.shapes.values() for fmt in o.formats
+    )
+    if need > free_bytes(run.path):
+        raise BadInput(
+            f"sensing layer by layer keeps {size_text(need)} of quantized matrices for a while,"
+            f" {run.path} has {size_text(free_bytes(run.path))} free",
+            "free some disk, choose a --run elsewhere, or give --max-memory room for the whole model",
+        )
+
+
 # ------------------------------------------------------------------------------------------------ stages
 
 
@@ -489,7 +510,7 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
     """The sensitivity, from the run directory or made now."""
     o = job.options
     digest = sense_digest(job, calibration)
-    serves = CANDIDATES if tries_quantizers(job) else ""  # for a trial of the map, and perhaps for quantizing
+    serves = CANDIDATES if job.options.tries_quantizers else ""  # for a trial of the map, and perhaps for quantizing
     if (saved := run.load_sensitivity(digest)) is not None:
         say(f"sense: {o.sensitivity} taken from {run.sensitivity_path(digest)}")
         run.kept(digest).drop(but=serves)  # of a run that was killed when it was saved
@@ -527,19 +548,13 @@ def sensed_digest(job: Job, calibration: Calibration | None) -> str | None:
     """Of the data that a sensor sees, and quantizers that it tries."""
     if calibration is None:
         return None
-    return calibration.judged_digest if tries_quantizers(job) else calibration.digest
+    return calibration.judged_digest if job.options.tries_quantizers else calibration.digest
 
 
 def sensing_quantizes(job: Job) -> bool:
     """Whether sensing tries the very quantizer that is asked for, on all the data it is shown."""
     method = job.options.method
-    return tries_quantizers(job) and QUANTIZERS[method].needs_data and sensed_as(method) == method
-
-
-def tries_quantizers(job: Job) -> bool:
-    """Whether sensing quantizes, to see what it costs."""
-    sensor = SENSORS[job.options.sensitivity]
-    return job.options.senses and sensor.by_method and sensor.needs_data
+    return job.options.judges and sensed_as(method) == method
 
 
 def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None) -> Scene:
@@ -548,7 +563,7 @@ def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None
 
     o = job.options
     shown = calibration if SENSORS[o.sensitivity].needs_data else None
-    tries = shown is not None and tries_quantizers(job)
+    tries = shown is not None and job.options.tries_quantizers
     return Scene(
         job.folder,
         job.spec,
@@ -674,7 +689,7 @@ def tried(
     """Both maps tried on data that they were not made from, if there is more of it, with the matrices that sensing
     quantized; None where these are not at hand. Kept, since they go once the layers are quantized."""
     o = job.options
-    if sensitivity is None or not tries_quantizers(job):
+    if sensitivity is None or not job.options.tries_quantizers:
         return None
     made_of = {"source": job.spec.digest, "data": sensitivity.data_digest, "method": o.method, "seed": o.seed}
     digest = stage_digest("trial", sensed=o.sensitivity, map=map_.digest, uniform=uniform.digest, **made_of)
@@ -769,7 +784,7 @@ def quantize_layers(
     files = {layer.layer: run.layer_path(digest, layer.layer) for layer in job.spec.layers}
     if done := [file for file in files.values() if file.exists()]:
         say(f"quantize: {len(done)} of {len(files)} layers taken from {run.path}")
-    sensed = run.kept(sense_digest(job, calibration)) if tries_quantizers(job) else Kept()
+    sensed = run.kept(sense_digest(job, calibration)) if job.options.tries_quantizers else Kept()
     if sensing_quantizes(job):
         take_from_sensing(job, sensed, map_, files)
     if o.ray:

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from mopeq.alloc.halves import regret
 from mopeq.data.encode import no_padding
-from mopeq.errors import MopeqError
-from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity, size_text
+from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity
 from mopeq.progress import Progress, progress
 from mopeq.quant import QUANTIZERS
 from mopeq.quant.descent import slices
@@ -225,8 +224,7 @@ def take_walking(taker: Taker) -> int:
     A quantizer that must see data does so on the way forward; what it makes is kept for the way back.
     """
     scene, walking = taker.scene, taker.walking
-    if needs_data := QUANTIZERS[scene.quantizer].needs_data:
-        check_room(scene)
+    needs_data = QUANTIZERS[scene.quantizer].needs_data
     held: dict[tuple[int, str], list[QWeight]] = {}
     with progress(f"sense: {taker.kind}", len(scene.spec.layers), "layers") as p:
         for visit in visits_of(taker):
@@ -266,17 +264,6 @@ def keep_layers(taker: Taker, layers: Sequence[MoELayer]) -> None:
         for name, form in kept.items():
             number, _, projection = name.partition(".")
             taker.found[int(number), layer.layer, projection] = torch.from_numpy(form)
-
-
-def check_room(scene: Scene) -> None:
-    """MopeqError where what a walk's quantizer makes on the way forward cannot be kept for the way back."""
-    todo = [layer for layer in scene.spec.layers if not scene.kept.has(f"{CANDIDATES}{layer.layer}")]
-    need, free = sum(candidate_bytes(scene, layer) for layer in todo), scene.kept.room
-    if need > free:
-        raise MopeqError(
-            f"sensing layer by layer keeps {size_text(need)} of quantized matrices, {size_text(free)} are free there",
-            "free some disk, choose a --run elsewhere, or more --max-memory for the whole model",
-        )
 
 
 def candidate_weights(scene: Scene, layers: Sequence[MoELayer]) -> int:
@@ -475,7 +462,7 @@ def candidates(
         tokens_E, finite = (np.zeros(0), True) if moments is None else (moments.tokens_E.numpy(), moments.finite)
         del moments  # before what is kept is packed
         spare = 2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)
-        if keeps and scene.kept.folder and (not walking.whole or scene.kept.room > spare):  # a walk has looked before
+        if keeps and scene.kept.folder and (not walking.whole or scene.kept.room > spare):  # a walk must keep them
             packed = {(p, f): q.pack() for p, ways in found.items() for f, q in enumerate(ways)}
             arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in packed.items() for k, t in part.items()}
             scene.kept.save(f"{CANDIDATES}{layer.layer}", arrays | {"tokens": tokens_E, "finite": np.array(finite)})
