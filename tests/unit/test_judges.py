@@ -64,6 +64,11 @@ def test_each_modality_is_judged_by_its_own() -> None:
         assert not rows(own) & rows(judges) and not rows(tries) & (rows(own) | rows(judges))
 
 
+def test_trying_takes_no_less_where_little_is_shown(folder: Path, text: Path) -> None:
+    found = shown(folder, text, 512, True, 4096)
+    assert count(found.tries) >= 4096 and count(found.judges) >= 512
+
+
 def test_who_need_no_fitting_judges_all(folder: Path, text: Path) -> None:
     found = shown(folder, text, 4096, False, 1024)
     assert [id(b) for b in found.judges] == [id(b) for b in found.batches]

@@ -59,8 +59,8 @@ def calibrate_with(
     """About `tokens` tokens of calibration data. With text and pictures at hand, half the tokens are of each.
 
     If `judging`, as many tokens of further rows are the judges, else what is shown is; about `trying` tokens of yet
-    other rows are to try on. At most half of what more there is goes to trying; where it runs out, what is shown judges
-    too. Without `paths` the built-in set is used, which is said in the notes. BadInput where the data is empty.
+    other rows are to try on. Where there is less, at most half of it is to try on, and what is shown judges too.
+    Without `paths` the built-in set is used, which is said in the notes. BadInput where the data is empty.
     """
     processor = load_processor(folder)
     if paths:
@@ -108,7 +108,9 @@ def share(
     own = front(rows, wanted)
     trying = trying * wanted // tokens
     more = front(rows, judging * count(own) + trying)
-    tried = front(reversed(more), min(trying, count(more) // 2))[::-1]
+    if count(more) < judging * count(own) + trying:
+        trying = min(trying, count(more) // 2)
+    tried = front(reversed(more), trying)[::-1]
     others = front(iter(more[: len(more) - len(tried)]), judging * count(own))
     shown, missing = list(batched(own)), count(own) - count(others)
     fill = front(iter(shown), missing if missing > count(own) / 10 else 0)
