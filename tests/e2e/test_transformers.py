@@ -117,6 +117,7 @@ def test_compiled_whole(kind: str) -> None:
     assert (logits(compiled) - logits(own)).abs().max() < 1e-5 * logits(own).std()
     twin = copy.deepcopy(own)
     for module in experts(twin):
+        module.use_tiers()
         for name in module.tier_names():
             if name.endswith("scales"):
                 getattr(module, name).zero_()
