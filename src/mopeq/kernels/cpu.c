@@ -1,7 +1,7 @@
 /* A layer's packed experts on a few tokens, on a CPU. Built at first use by kernels/cpu.py; C of GCC's and Clang's kind,
    POSIX threads.
 
-   A matrix lies in tiles of 16 rows (kernels/lanes.py says how, and what for): a vector holds four codes of each row,
+   A matrix lies in tiles of 16 rows (kernels/tiles.py says how, and what for): a vector holds four codes of each row,
    side by side, so that nothing is summed across lanes and scales and zero points are vectors. Activations become
    integers in three parts of 8 bits (22 together; bfloat16 ones in two, 15 together) with one float scale for each 64 of
    them, so code * activation is exact integer arithmetic; a group's sum is scaled as floats:
@@ -35,7 +35,7 @@ enum { TILE = 16, /* rows */
        BLOCK = 64, UNIT = 16, STATS = 8, ROWS = 64, MAX_THREADS = 256,
        MOST = 127 * 128 + 63, /* of an activation in two parts */
        APART = 128, /* where half of a block is smaller than its largest by this factor, integers are too coarse */
-       AHEAD = 8192 /* bytes of codes that are asked for ahead */ };
+       AHEAD = 16384 /* bytes that are asked for ahead, into the second cache */ };
 
 /* One matrix [out, in]: ceil(out / TILE) tiles. */
 typedef struct {

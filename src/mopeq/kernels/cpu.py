@@ -26,7 +26,7 @@ from mopeq.nouns import Format
 from mopeq.seam import activate
 
 UNIT = 16  # as in cpu.c
-FEW = (2, 64, 128)  # tokens a matrix up to which this is faster than unpacking and BLAS, as measured: C, AVX2, AVX-512
+FEW = (4, 64, 256)  # tokens a matrix up to which this is faster than unpacking and BLAS, as measured: C, AVX2, AVX-512
 MATRIX = np.dtype([("tiles", "u8"), ("bits", "i4"), ("group", "i4"), ("zeros", "i4"), ("", "i4")])
 KEPT = 1 << 23  # bytes of room that are kept for a thread's next call
 SILU = 1  # of triton.gate_of

@@ -133,7 +133,7 @@ INLINE TARGET void OF(times)(int bits, int parts, int unit, int ms, const Tile *
             for (int chunk = 0; chunk < 2; chunk++, codes += 4 * TILE * bits) {
                 Words words[8];
                 OF(load)(bits, codes, words);
-                for (int line = 0; line < bits; line++) __builtin_prefetch(codes + AHEAD + 64 * line, 0, 3);
+                for (int line = 0; from == 0 && line < bits; line++) __builtin_prefetch(codes + AHEAD + 64 * line, 0, 2);
                 UNROLL
                 for (int half = 0; half < 2; half++) {
                     OF(step)(bits, parts, ms, 4 * half, words, x, acc), OF(step)(bits, parts, ms, 4 * half + 1, words, x, acc);
