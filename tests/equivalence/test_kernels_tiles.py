@@ -64,6 +64,14 @@ def test_into_tiles_and_out_of_them(bits: int, scheme: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(again, held, strict=True))
 
 
+def test_no_byte_more_than_the_checkpoint_has() -> None:
+    for bits in range(1, 9):
+        for shape in ((2048, 1024), (1536, 2560), (2880, 2880), (50304, 2048)):
+            for fmt in (Format(bits, group, scheme) for group in (32, 64, 128) for scheme in "as"):
+                extra = tiles.size(fmt, shape) - fmt.nbytes(*shape)
+                assert extra == 0, (fmt, shape)
+
+
 @needs_library
 def test_many_threads_order_alike() -> None:
     q, before = random_matrix(Format(3, 64, "a"), 500, 320), torch.get_num_threads()

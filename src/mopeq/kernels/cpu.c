@@ -65,7 +65,7 @@ INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 INLINE int64_t tile_bytes(int bits, int group, int zeros, int64_t in) {
     int64_t groups = (in + group - 1) / group;
-    return round_up(round_up(in, BLOCK) * bits * TILE / 8 + groups * 2 * TILE + (zeros ? groups * 2 * bits : 0), 64);
+    return round_up(in, BLOCK) * bits * TILE / 8 + groups * 2 * TILE + (zeros ? groups * 2 * bits : 0);
 }
 
 /* n values (and zeros up to BLOCK) as block `block` of row `row`. */

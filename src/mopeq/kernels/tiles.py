@@ -2,8 +2,8 @@
 
 A matrix [out, in] is cut into tiles of 16 rows, the last filled up with zeros, as inputs are to a multiple of 64. A
 tile is, one after another: its codes, its scales fp16 [groups, 16], its zero points [groups, 16 * bits / 8] as one
-stream of 16 codes a group, and zeros up to a multiple of 64 bytes. So what is read together lies together, and no byte
-more is held than the checkpoint has (but for that filling up).
+stream of 16 codes a group. So what is read together lies together, and no byte more is held than the checkpoint has
+(but for that filling up, which the shapes of real models do not need).
 
 Codes go by chunks of 32 inputs, which are `bits` words of 32 bits for each row, [bits, 16] in memory. Four neighbouring
 inputs are a vector: a code in each byte. 8 // bits of the chunk's eight vectors lie whole in a word, one above the
@@ -30,7 +30,7 @@ from mopeq.kernels.build import library
 from mopeq.nouns import Format
 from mopeq.tensors import QWeight, unpack_bits
 
-ROWS, CHUNK, BLOCK, LINE = 16, 32, 64, 64  # as in cpu.c; the last in bytes
+ROWS, BLOCK = 16, 64  # as in cpu.c
 INTO, BACK, OUT = range(3)  # ways of mopeq_order
 Shape = tuple[int, int]  # out, in
 LOCK = threading.RLock()  # held while a module's buffers change their order
@@ -45,11 +45,7 @@ def parts(fmt: Format, in_features: int) -> tuple[int, int, int]:
 
 def size(fmt: Format, shape: Shape) -> int:
     """Bytes of a matrix."""
-    return -(-shape[0] // ROWS) * tile_size(fmt, shape[1])
-
-
-def tile_size(fmt: Format, in_features: int) -> int:
-    return -(-sum(parts(fmt, in_features)) // LINE) * LINE
+    return -(-shape[0] // ROWS) * sum(parts(fmt, shape[1]))
 
 
 def fill(
@@ -119,7 +115,7 @@ def read(tiles: Tensor, fmt: Format, shape: Shape, index: Tensor) -> QWeight:
     """`rows` in torch, on any device: what C is tested against."""
     bits, (codes_end, of_scales, of_zeros) = fmt.bits, parts(fmt, shape[1])
     scales_end, groups = codes_end + of_scales, fmt.groups(shape[1])
-    tile, row = tiles.view(-1, tile_size(fmt, shape[1])), (index // ROWS, slice(None), index % ROWS)
+    tile, row = tiles.view(-1, scales_end + of_zeros), (index // ROWS, slice(None), index % ROWS)
     words = tile[:, :codes_end].unflatten(1, (-1, ROWS, 4))[row].unflatten(1, (-1, bits))  # [m, chunks, bits, 4]
     codes = torch.zeros(*words.shape[:2], 8, 4, dtype=torch.uint8, device=tiles.device)
     for vector in range(8):
