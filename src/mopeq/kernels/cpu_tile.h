@@ -112,10 +112,11 @@ INLINE TARGET void OF(step)(int bits, int parts, int ms, int i, const Words *wor
         }
 }
 
-/* out [ms, TILE] = the tile's rows times `ms` activations; see Tile for `unit`. */
-INLINE TARGET void OF(times)(int bits, int parts, int unit, int ms, const Tile *t, const Activations *a,
+/* out [ms, TILE] = the tile's rows times `ms` activations. `usual`: groups hold whole blocks. */
+INLINE TARGET void OF(times)(int bits, int parts, int usual, int ms, const Tile *t, const Activations *a,
                              const int32_t *rows, float *out) {
     const int64_t blocks = a->stride / BLOCK;
+    const int unit = usual ? BLOCK : t->unit;
     for (int from = 0; from < TILE; from += LANES) {
         const uint8_t *codes = t->codes + 4 * from, *scales = t->scales + 2 * from, *zeros = t->zeros + from;
         const int8_t *x[4];
@@ -178,16 +179,14 @@ INLINE TARGET void OF(rows)(int bits, int parts, const Tile *t, const Activation
     for (int r = 0, ms; r < m; r += ms) {
         float *to = out + r * TILE;
         ms = LANES < 16 || t->unit < BLOCK || m - r < 2 ? 1 : m - r < 4 ? 2 : 4; /* of 16 registers one takes most */
-        if (t->unit == UNIT)
-            OF(times)(bits, parts, UNIT, 1, t, a, rows + r, to);
-        else if (t->unit == CHUNK)
-            OF(times)(bits, parts, CHUNK, 1, t, a, rows + r, to);
+        if (t->unit < BLOCK)
+            OF(times)(bits, parts, 0, 1, t, a, rows + r, to);
         else if (ms == 1)
-            OF(times)(bits, parts, BLOCK, 1, t, a, rows + r, to);
+            OF(times)(bits, parts, 1, 1, t, a, rows + r, to);
         else if (ms == 2)
-            OF(times)(bits, parts, BLOCK, 2, t, a, rows + r, to);
+            OF(times)(bits, parts, 1, 2, t, a, rows + r, to);
         else
-            OF(times)(bits, parts, BLOCK, 4, t, a, rows + r, to);
+            OF(times)(bits, parts, 1, 4, t, a, rows + r, to);
     }
 #else
     (void)parts;
