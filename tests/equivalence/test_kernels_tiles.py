@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,21 @@ def test_a_layer_that_has_run_is_saved_copied_and_loaded_as_ever(scheme: str) ->
         assert not run(other).any() and torch.equal(run(layer), found)
     layer.use_tiers()
     assert sum(t.nbytes for t in layer.buffers()) <= nbytes < 1.3 * sum(t.nbytes for t in layer.buffers())
+
+
+@needs_library
+def test_what_is_let_go_of_is_free() -> None:
+    layer, module = random_experts(SMALL, (3,)), packed(PackedLinear, 48, 128, Format(4, 32, "a"))
+    (
+        cpu.experts_forward(layer, torch.randn(1, 96), *random_routing(SMALL, 1, 0)),
+        cpu.linear(module, torch.randn(1, 128)),
+    )
+    seen = [weakref.ref(t) for t in (layer.get_buffer("up_3g64a_tiles"), module.get_buffer("tiles_"))]
+    layer.state_dict(), module.state_dict()
+    assert all(ref() is None for ref in seen)
+    seen = [weakref.ref(t) for t in (layer.get_buffer("up_3g64a_qweight"), module.get_buffer("qweight_"))]
+    layer.use_tiles(), module.use_tiles()
+    assert all(ref() is None for ref in seen)
 
 
 @needs_library

@@ -66,14 +66,13 @@ class Tables(NamedTuple):
     addresses: list[int]
     experts: int
     shape: tuple[int, int]  # of the first's matrices
-    held: list[Any]  # what lies at these addresses and at those in the tables: as long as this is there, so is that
 
 
 @dataclass
 class Kept:
     """What calls need of a module: {projection: its matrices, MATRIX [E]}, and the one call that does all of it."""
 
-    tiles: dict[str, Tensor]  # the module's buffers in which the matrices lie
+    names: list[str]  # of the buffers in which the matrices lie; holding these too would keep what a module lets go of
     where: list[int]
     tables: dict[str, np.ndarray]
     whole: Tables | None = None  # None: C cannot do all of it
@@ -83,37 +82,42 @@ _kept: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
 _rooms = threading.local()  # memory for the calls of a thread
 
 
-def kept_of(module: Any, make: Callable[[Any], Kept]) -> Kept:
-    """What was made for this module, while its tensors stay put; a token asks for it some hundred times."""
+def kept_of(module: Any, make: Callable[[Any], tuple[Kept, list[Tensor]]]) -> tuple[Kept, list[Tensor]]:
+    """What was made for this module, while its tensors stay put; a token asks for it some hundred times.
+
+    And those tensors, to be held while C reads them: the module may let go of them in another thread.
+    """
     kept, buffers = _kept.get(module), module._buffers
-    if kept is None or kept.where != [buffers[name].data_ptr() if name in buffers else 0 for name in kept.tiles]:
-        kept = _kept[module] = make(module)
-    return kept
+    if kept is not None:
+        held = [buffers[name] for name in kept.names if name in buffers]
+        if kept.where == [t.data_ptr() for t in held]:
+            return kept, held
+    _kept[module], held = make(module)
+    return _kept[module], held
 
 
-def of_experts(experts: Any) -> Kept:
-    tables, tiles = {p: np.zeros(experts.num_experts, MATRIX) for p in experts.projections}, {}
+def of_experts(experts: Any) -> tuple[Kept, list[Tensor]]:
+    tables, held = {p: np.zeros(experts.num_experts, MATRIX) for p in experts.projections}, {}
     for p, tiers in experts.use_tiles().items():
         for tier in tiers:
             put(tables[p], np.array(list(tier.rows)), tier.format, tier.tiles, np.array(list(tier.rows.values())))
-            tiles[f"{p}_{tier.format.name}_tiles"] = tier.tiles
-    kept = Kept(tiles, [t.data_ptr() for t in tiles.values()], tables)
+            held[f"{p}_{tier.format.name}_tiles"] = tier.tiles
+    kept = Kept(list(held), [t.data_ptr() for t in held.values()], tables)
     bare = experts.has_gate and not (experts.has_bias or experts.has_post_expert_norm)
     if bare and gate_of(experts).act == SILU:
         kept.whole = tables_of(experts, kept, ["gate", "up", "down"])
-    return kept
+    return kept, list(held.values())
 
 
-def of_matrix(matrix: Any) -> Kept:
+def of_matrix(matrix: Any) -> tuple[Kept, list[Tensor]]:
     made, table = matrix.use_tiles(), np.zeros(1, MATRIX)
     put(table, 0, matrix.format, made[None], 0)
-    whole = Tables([table.ctypes.data], 1, (matrix.out_features, matrix.in_features), [table, made])
-    return Kept({"tiles_": made}, [made.data_ptr()], {"": table}, whole)
+    whole = Tables([table.ctypes.data], 1, (matrix.out_features, matrix.in_features))
+    return Kept(["tiles_"], [made.data_ptr()], {"": table}, whole), [made]
 
 
 def tables_of(experts: Any, kept: Kept, names: list[str]) -> Tables:
-    addresses = [kept.tables[p].ctypes.data for p in names]
-    return Tables(addresses, experts.num_experts, experts.shapes[names[0]], [kept])
+    return Tables([kept.tables[p].ctypes.data for p in names], experts.num_experts, experts.shapes[names[0]])
 
 
 def put(table: np.ndarray, e: Any, fmt: Format, tiles: Tensor, at: Any) -> None:
@@ -126,10 +130,10 @@ def put(table: np.ndarray, e: Any, fmt: Format, tiles: Tensor, at: Any) -> None:
 def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The experts' function of x_TH [T, H] for index_TK and weight_TK [T, K]; see kernels.ref for the meaning."""
     x, index, weight = plain(x_TH), plain(index_TK, torch.int64), plain(weight_TK)
-    whole, parts = kept_of(experts, of_experts).whole, parts_of(x_TH)
-    if whole is not None:
-        out = torch.empty(x_TH.shape[0], whole.shape[1])
-        call(whole, x, index, weight, [out], parts)
+    (kept, _held), parts = kept_of(experts, of_experts), parts_of(x_TH)
+    if kept.whole is not None:
+        out = torch.empty(x_TH.shape[0], kept.whole.shape[1])
+        call(kept.whole, x, index, weight, [out], parts)
         return out if x is x_TH else out.to(x_TH.dtype)
     upper = [p for p in experts.projections if p != "down"]
     top = with_bias(experts, project(experts, upper, x, index, parts), index)
@@ -157,17 +161,17 @@ def project(
     0 where the index is no expert's.
     """
     y = {p: torch.zeros(index_RK.numel(), experts.shapes[p][0]) for p in names}
-    tables = tables_of(experts, kept_of(experts, of_experts), names)
-    call(tables, x_RN, index_RK, None, list(y.values()), parts, level)
+    kept, _held = kept_of(experts, of_experts)
+    call(tables_of(experts, kept, names), x_RN, index_RK, None, list(y.values()), parts, level)
     return y
 
 
 def linear(matrix: Any, x: Tensor) -> Tensor:
     """x [..., in] times a PackedMatrix's transpose -> [..., out]."""
-    one = kept_of(matrix, of_matrix).whole
-    assert one is not None
+    kept, _held = kept_of(matrix, of_matrix)
+    assert kept.whole is not None
     y = torch.empty(*x.shape[:-1], matrix.out_features)
-    call(one, plain(x).view(-1, matrix.in_features), None, None, [y], parts_of(x))
+    call(kept.whole, plain(x).view(-1, matrix.in_features), None, None, [y], parts_of(x))
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
