@@ -56,7 +56,7 @@ typedef struct {
    128 + low) in two parts; mid and low from -64 to 63. */
 typedef struct {
     int8_t *parts;  /* [rows, stride / BLOCK, parts, BLOCK] */
-    float *stats;   /* [rows, stride / BLOCK, STATS]: scale; sums of the quantized x, of its 2 halves, of its 4 quarters */
+    float *stats;   /* [rows, stride / BLOCK, STATS]: scale; sums of all quantized x, of 2 halves, of 4 quarters */
     uint8_t *apart; /* [rows, stride / BLOCK]  whether a block is 0 in all these, and to be multiplied as floats */
     int64_t stride;
 } Activations;
@@ -453,7 +453,8 @@ static void sort_pairs(Call *c, int64_t pairs, int64_t per, Span *spans, int32_t
    0, or how many bytes of room it takes, if there are fewer: nothing is done then. `parts`: 2 or 3, of activations. */
 int64_t mopeq_experts(const Matrix *first, const Matrix *second, const Matrix *down, int64_t experts, int64_t in,
                       int64_t out, const float *x, int64_t x_rows, const int64_t *index, int64_t per,
-                      const float *weight, float *y0, float *y1, int threads, int level, int parts, char *room, int64_t bytes) {
+                      const float *weight, float *y0, float *y1, int threads, int level, int parts, char *room,
+                      int64_t bytes) {
     int64_t pairs = x_rows * per;
     threads = threads > MAX_THREADS ? MAX_THREADS : threads;
     Call c = {.level = level, .parts = parts, .fused = down != 0, .x_rows = x_rows, .index = index, .weight = weight,

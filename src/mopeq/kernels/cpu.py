@@ -122,7 +122,7 @@ def tables_of(experts: Any, kept: Kept, names: list[str]) -> Tables:
 
 def put(table: np.ndarray, e: Any, fmt: Format, tiles: Tensor, at: Any) -> None:
     """Rows `e` of a MATRIX table: matrices `at` of stacked tiles [n, bytes]."""
-    assert tiles.is_cpu and tiles.is_contiguous()
+    assert tiles.is_cpu and tiles.is_contiguous() and fmt.group_size % UNIT == 0
     table["tiles"][e] = tiles.data_ptr() + at * tiles.shape[1]
     table["bits"][e], table["group"][e], table["zeros"][e] = fmt.bits, fmt.group_size, fmt.scheme == "a"
 

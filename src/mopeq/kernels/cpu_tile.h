@@ -137,8 +137,10 @@ INLINE TARGET void OF(times)(int bits, int parts, int usual, int ms, const Tile 
                 for (int line = 0; from == 0 && line < bits; line++) __builtin_prefetch(codes + AHEAD + 64 * line, 0, 2);
                 UNROLL
                 for (int half = 0; half < 2; half++) {
-                    OF(step)(bits, parts, ms, 4 * half, words, x, acc), OF(step)(bits, parts, ms, 4 * half + 1, words, x, acc);
-                    OF(step)(bits, parts, ms, 4 * half + 2, words, x, acc), OF(step)(bits, parts, ms, 4 * half + 3, words, x, acc);
+                    OF(step)(bits, parts, ms, 4 * half, words, x, acc);
+                    OF(step)(bits, parts, ms, 4 * half + 1, words, x, acc);
+                    OF(step)(bits, parts, ms, 4 * half + 2, words, x, acc);
+                    OF(step)(bits, parts, ms, 4 * half + 3, words, x, acc);
                     if (unit == UNIT || (half == 1 && (unit == CHUNK || chunk == 1))) {
                         Floats scale = OF(scale)(scales), zero = OF(zero)(t->middle, zeros);
                         const int of = unit == BLOCK ? 1 : unit == CHUNK ? 2 + chunk : 4 + 2 * chunk + half;
