@@ -49,7 +49,7 @@ def clock() -> np.ndarray:
     return np.array((time.process_time(), time.perf_counter()))
 
 
-def our_model(shape: Shape, sizes: dict[str, int], bits: tuple[int, ...]) -> Any:
+def our_model(shape: Shape, sizes: dict[str, int], bits: tuple[int, ...], dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, OlmoeConfig
 
     config = OlmoeConfig(
@@ -57,10 +57,11 @@ def our_model(shape: Shape, sizes: dict[str, int], bits: tuple[int, ...]) -> Any
         num_key_value_heads=sizes["num_attention_heads"], **sizes,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     for seed, layer in enumerate(model.model.layers):
         moe = layer.mlp  # made with one tiny expert, for which packed ones are put in
-        moe.gate.weight = nn.Parameter(torch.randn(shape.experts, shape.hidden) * 0.02, requires_grad=False)
+        router = torch.randn(shape.experts, shape.hidden) * 0.02
+        moe.gate.weight = nn.Parameter(router.to(dtype), requires_grad=False)
         moe.gate.num_experts = shape.experts
         moe.experts = as_loaded(random_experts(shape, bits, seed=seed))
     pack_the_rest(model, "cpu")
@@ -212,28 +213,32 @@ class Theirs:
         self.lib.llama_model_free(self.model)
 
 
-def parts_of_tokens(decode: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Seconds a token of our MoE layers (routers left out) and of our other matrices, and the former's bytes."""
-    spent, read = {QuantizedExperts: np.zeros(2), PackedMatrix: np.zeros(2)}, 0
+def parts_of_tokens(decode: Callable[[], Any], rounds: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Seconds a token of our MoE layers (routers left out) and of our other matrices, in the round where each took
+    least, and the former's bytes."""
+    kinds = (QuantizedExperts, PackedMatrix)
+    spent, read = {kind: np.zeros((rounds, 2)) for kind in kinds}, 0
 
-    def timed(kind: Any, own: Any, self: Any, x: Any, *routing: Any) -> Any:
+    def timed(kind: Any, own: Any, at: int, self: Any, x: Any, *routing: Any) -> Any:
         nonlocal read
         began = clock()
         out = own(self, x, *routing)
         if x.numel() == x.shape[-1]:  # not of the prompt
-            spent[kind] += clock() - began
-            read += bytes_touched(self, *routing[:1]) if routing else 0
+            spent[kind][at] += clock() - began
+            read += bytes_touched(self, *routing[:1]) if routing and at == 0 else 0
         return out
 
-    owns = {kind: kind.compute for kind in spent}
-    for kind, own in owns.items():
-        kind.compute = partialmethod(partial(timed, kind, own))
+    owns = {kind: kind.compute for kind in kinds}
     try:
-        decode()
+        for at in range(rounds):
+            for kind, own in owns.items():
+                kind.compute = partialmethod(partial(timed, kind, own, at))
+            decode()
     finally:
         for kind, own in owns.items():
             kind.compute = own
-    return spent[QuantizedExperts] / TOKENS, spent[PackedMatrix] / TOKENS, read // TOKENS
+    experts, others = (spent[kind].min(0) / TOKENS for kind in kinds)
+    return experts, others, read // TOKENS
 
 
 def read_rate(at: int) -> float:
@@ -266,7 +271,7 @@ def compare(ours: Any, theirs: Theirs, threads: int, rounds: int) -> None:
         )
     at = int(threads > 1)
     before = read_rate(at)
-    moe, others, read = parts_of_tokens(ways[0])
+    moe, others, read = parts_of_tokens(ways[0], rounds)
     rate, ceiling = read / moe[at] / 1e9, max(before, read_rate(at)) / 1e9
     print(
         f"  of it MoE layers {1e3 * moe[at]:.1f} ms, {read / 1e6:.1f} MB, so {rate:.1f} GB/s of {ceiling:.1f}"
@@ -281,6 +286,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our activations")
     parser.add_argument("--folder", type=Path, help="where GGUF files are kept for the next time")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try this file")
     args = parser.parse_args()
@@ -292,8 +298,11 @@ def main() -> None:
             path = (args.folder or Path(made)) / f"{peer}{'-small' * args.small}.gguf"
             if not path.exists():
                 write_gguf(path, shape, sizes, peer)
-            ours, theirs = our_model(shape, sizes, PEERS[peer][1]), Theirs(lib, path, sizes["vocab_size"])
-            print(f"{peer}: ours {our_bytes(ours) / 1e6:.1f} MB, llama.cpp's {theirs.nbytes / 1e6:.1f} MB")
+            ours = our_model(shape, sizes, PEERS[peer][1], getattr(torch, args.dtype))
+            theirs = Theirs(lib, path, sizes["vocab_size"])
+            print(
+                f"{peer}: ours in {args.dtype} {our_bytes(ours) / 1e6:.1f} MB, llama.cpp's {theirs.nbytes / 1e6:.1f} MB"
+            )
             for threads in whole_numbers(args.threads, "--threads"):
                 compare(ours, theirs, threads, args.rounds)
             theirs.free()

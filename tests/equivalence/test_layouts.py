@@ -173,6 +173,9 @@ def test_logits_agree_and_memory_is_the_packed_size(kind: str, order: str) -> No
     tags = sum(
         len(v) - v_bytes for v, v_bytes in ((v, tensor_part(v)) for k, v in stored(out).items() if ".experts." in k)
     )
+    for m in model.modules():
+        if type(m).__name__ == "QuantizedExperts":
+            m.use_tiers()  # in the CPU kernel's order such tiny matrices are filled up
     resident = sum(
         t.numel() * t.element_size()
         for _, m in model.named_modules()

@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
+PARTS = {SOURCE: (SOURCE.with_name("cpu_tile.h"),)}  # what a file includes from beside it
 ROUND = Path(__file__).with_name("round.c")
 GPTQ = Path(__file__).with_name("gptq.c")
-FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 BEST = 2  # the widest set of instructions that gptq.c knows
 SECONDS = 300  # after which a compiler is given up on
 
@@ -47,7 +48,7 @@ def compiled(file: Path) -> tuple[ctypes.CDLL | None, str]:
     if os.name != "posix":
         return None, f"it is built on Linux and macOS, not on {platform.system()}"
     try:
-        source = file.read_bytes()
+        source = b"".join(part.read_bytes() for part in (file, *PARTS.get(file, ())))
         key = hashlib.sha256(source + repr((FLAGS, platform.machine())).encode()).hexdigest()[:16]
         folder = cache_folder()
         path = folder / f"{file.stem}-{platform.machine()}-{key}.so"
@@ -100,8 +101,11 @@ def declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     address, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     lib.mopeq_level.restype = count
     numbers, arrays = (size, size, size), (address, address, address)
-    lib.mopeq_experts.argtypes = (*arrays, *numbers, address, size, address, size, *arrays, count, count, address, size)
+    counts = (count, count, count)
+    lib.mopeq_experts.argtypes = (*arrays, *numbers, address, size, address, size, *arrays, *counts, address, size)
     lib.mopeq_experts.restype = size
+    lib.mopeq_order.argtypes = (count, address, count, count, size, *numbers, *arrays, count)
+    lib.mopeq_order.restype = None
     return lib
 
 

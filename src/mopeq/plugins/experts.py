@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mopeq.errors import MopeqError
-from mopeq.kernels import KERNELS
+from mopeq.kernels import KERNELS, tiles
 from mopeq.nouns import PROJECTIONS, Format
 from mopeq.plugins.held import HELD, Numbered, as_bits, check_stored, numbered, untouched
 from mopeq.seam import FLAGS, Adapted, bias, own_weights
@@ -49,6 +49,35 @@ class Tier:
 
     def dequantize(self, chosen: list[int], dtype: torch.dtype) -> Tensor:
         return self.qweight(chosen).dequantize(dtype)
+
+
+@dataclass(frozen=True)
+class TiledTier:
+    """The same in the order that the CPU kernel reads (kernels/tiles.py)."""
+
+    rows: dict[int, int]
+    format: Format
+    shape: tuple[int, int]
+    tiles: Tensor  # uint8 [n, bytes of a matrix]
+
+    def qweight(self, chosen: list[int]) -> QWeight:
+        found = [tiles.rows(self.tiles[self.rows[e]], self.format, self.shape, slice(None)) for e in chosen]
+        zeros = None if self.format.scheme == "s" else torch.stack([q.zeros for q in found if q.zeros is not None])
+        scales = torch.stack([q.scales for q in found])
+        return QWeight(torch.stack([q.codes for q in found]), scales, zeros, self.format)
+
+    def dequantize(self, chosen: list[int], dtype: torch.dtype) -> Tensor:
+        return self.qweight(chosen).dequantize(dtype)
+
+    def stored(self) -> Tier:
+        """As the checkpoint has it, on the same device."""
+        made = {
+            suffix: untouched((len(self.rows), *shape), HELD[kind]).to(self.tiles.device)
+            for suffix, (kind, shape) in self.format.shapes(*self.shape).items()
+        }
+        for row, one in enumerate(self.tiles):
+            tiles.take_out(one, self.format, self.shape, *(t[row] for t in made.values()))
+        return Tier(self.rows, self.format, self.shape, made["qweight"], made["scales"], made.get("zeros"))
 
 
 def repack(arena: Arena, p: str, fmt: Format, rows: dict[int, int]) -> Tier:
@@ -145,27 +174,26 @@ class QuantizedExperts(Numbered):
                     rows_of_bias[e].copy_(read(f"{e}.{p}_proj.bias"))
         self.filled = True
 
-    def tiers(self, p: str) -> list[Tier]:
+    def tiers(self, p: str) -> list[Tier | TiledTier]:
         """The tiers of one projection, narrowest first."""
-        if "arena_data" in self._buffers:
-            return [repack(self.arena(), p, fmt, rows) for fmt, rows in self._tiers[p]]
-        return [
-            Tier(
-                rows,
-                fmt,
-                self.shapes[p],
-                getattr(self, f"{p}_{fmt.name}_qweight"),
-                getattr(self, f"{p}_{fmt.name}_scales"),
-                getattr(self, f"{p}_{fmt.name}_zeros", None),
-            )
-            for fmt, rows in self._tiers[p]
-        ]
+        with tiles.LOCK:
+            if "arena_data" in self._buffers:
+                return [repack(self.arena(), p, fmt, rows) for fmt, rows in self._tiers[p]]
+            return [self.tier(p, fmt, rows) for fmt, rows in self._tiers[p]]
+
+    def tier(self, p: str, fmt: Format, rows: dict[int, int]) -> Tier | TiledTier:
+        stem, shape = f"{p}_{fmt.name}", self.shapes[p]
+        if f"{stem}_tiles" in self._buffers:
+            return TiledTier(rows, fmt, shape, self.get_buffer(f"{stem}_tiles"))
+        codes, scale_bits = self.get_buffer(f"{stem}_qweight"), self.get_buffer(f"{stem}_scales")
+        return Tier(rows, fmt, shape, codes, scale_bits, getattr(self, f"{stem}_zeros", None))
 
     def arena(self) -> Arena:
         """The layer's matrices in the order that GPU kernels read; made of the tiers, which are then let go."""
         from mopeq.kernels import arena
 
         if "arena_data" not in self._buffers:
+            self.use_tiers()
             made = arena.build(self)
             for name in self.tier_names():
                 delattr(self, name)
@@ -174,19 +202,53 @@ class QuantizedExperts(Numbered):
         data, table = self.get_buffer("arena_data"), self.get_buffer("arena_table")
         return arena.Arena(data, table, arena.layouts(self), self.formats)
 
+    def use_tiles(self) -> dict[str, list[TiledTier]]:
+        """{projection: its tiers} in the order that the CPU kernel reads.
+
+        What is not yet in it is copied into it, a tier at a time, and let go; whoever else holds those tensors, as a
+        state_dict's caller does, keeps them as they are.
+        """
+        with tiles.LOCK, torch.inference_mode(False):  # the first token may come to several threads at once
+            if "arena_data" in self._buffers:
+                self.use_tiers()
+            return {p: [self.as_tiles(p, fmt, rows) for fmt, rows in self._tiers[p]] for p in self.projections}
+
+    def as_tiles(self, p: str, fmt: Format, rows: dict[int, int]) -> TiledTier:
+        tier = self.tier(p, fmt, rows)
+        if isinstance(tier, TiledTier):
+            return tier
+        made = untouched((len(rows), tiles.size(fmt, tier.shape)), torch.uint8)
+        for row, one in enumerate(made):
+            zeros = None if tier.zeros is None else tier.zeros[row]
+            tiles.fill(one, fmt, tier.shape, tier.codes[row], tier.scale_bits[row], zeros)
+        self.register_buffer(f"{p}_{fmt.name}_tiles", made, persistent=False)
+        for suffix in fmt.shapes(*tier.shape):
+            delattr(self, f"{p}_{fmt.name}_{suffix}")
+        return TiledTier(rows, fmt, tier.shape, made)
+
     def use_tiers(self) -> None:
-        """Undo `arena`: the matrices as they are stored on disk, for kernels that read those."""
-        if "arena_data" in self._buffers:
-            kept = {p: self.tiers(p) for p in self.projections}
-            del self.arena_data, self.arena_table
-            for p, tiers in kept.items():
-                for tier in tiers:
-                    for suffix, value in (("qweight", tier.codes), ("scales", tier.scale_bits), ("zeros", tier.zeros)):
-                        if value is not None:
-                            self.register_buffer(f"{p}_{tier.format.name}_{suffix}", value, persistent=False)
+        """Undo `arena` and `use_tiles`: the matrices as they are stored on disk."""
+        with tiles.LOCK, torch.inference_mode(False):
+            if "arena_data" in self._buffers:
+                kept = {p: self.tiers(p) for p in self.projections}
+                del self.arena_data, self.arena_table
+                for p, found in kept.items():
+                    for tier in found:
+                        self.hold_tier(p, tier)
+            for p in self.projections:
+                for fmt, rows in self._tiers[p]:
+                    tier = self.tier(p, fmt, rows)
+                    if isinstance(tier, TiledTier):
+                        self.hold_tier(p, tier.stored())
+                        delattr(self, f"{p}_{fmt.name}_tiles")
+
+    def hold_tier(self, p: str, tier: Any) -> None:
+        for suffix, value in (("qweight", tier.codes), ("scales", tier.scale_bits), ("zeros", tier.zeros)):
+            if value is not None:
+                self.register_buffer(f"{p}_{tier.format.name}_{suffix}", value, persistent=False)
 
     def tier_names(self) -> list[str]:
-        """The names of the tiers' buffers."""
+        """The names of the tiers' buffers, as long as they are as stored on disk."""
         return [
             f"{p}_{fmt.name}_{suffix}"
             for p in self.projections
@@ -244,9 +306,12 @@ class QuantizedExperts(Numbered):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A filled module gives its tensors under their on-disk names, so `save_pretrained` writes what was read."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.filled and "arena_data" not in self._buffers:
+            self.use_tiers()  # not a copy beside the tiles: it would take the memory twice
         for p in self.projections if self.filled else ():
             bias = self.bias_of(p)
             for tier in self.tiers(p):
+                assert isinstance(tier, Tier)
                 for e, slot in tier.rows.items():
                     stem = f"{prefix}{e}.{p}_proj"
                     destination[f"{stem}.qweight"] = tier.codes[slot]

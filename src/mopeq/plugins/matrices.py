@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mopeq.kernels import tiles
 from mopeq.kernels.choice import linear
 from mopeq.nouns import Format
-from mopeq.plugins.held import TORCH, Numbered, as_bits, check_stored, numbered, untouched
+from mopeq.plugins.held import HELD, TORCH, Numbered, as_bits, check_stored, numbered, untouched
 from mopeq.tensors import QWeight, unpack_bits, unpack_some
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class PackedMatrix(Numbered):
         return self.like_.dtype
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
     def weight(self) -> Tensor:
         """The whole matrix dequantized: for code that asks a module for its weight's device, dtype or values."""
         if not self.sealed:
@@ -82,6 +87,9 @@ class PackedMatrix(Numbered):
             if isinstance(index, slice):
                 index = slice(*index.indices(self.out_features))  # the arena's are padded
             return read_rows(made.data, made.table[0, 0].tolist(), made.layouts["down"], self.format, index)
+        tiled = self._buffers.get("tiles_")
+        if tiled is not None:
+            return tiles.rows(tiled, self.format, self.shape, index)
         zeros = None
         if self.format.scheme == "a":  # packed along `out`
             if isinstance(index, slice):
@@ -95,11 +103,43 @@ class PackedMatrix(Numbered):
         from mopeq.kernels import arena
 
         if "arena_data" not in self._buffers:
+            self.use_stored()
             made = arena.of_matrix(self)
             for suffix in self.format.shapes(self.out_features, self.in_features):
                 delattr(self, f"{suffix}_")
             self.register_buffer("arena_data", made.data, persistent=False)
         return arena.of_matrix(self, self.get_buffer("arena_data"))
+
+    def use_tiles(self) -> Tensor:
+        """The matrix in the order that the CPU kernel reads, made as QuantizedExperts.use_tiles does."""
+        with tiles.LOCK, torch.inference_mode(False):
+            if "tiles_" not in self._buffers:
+                self.use_stored()
+                made, names = untouched((tiles.size(self.format, self.shape),), torch.uint8), self.held_names()
+                tiles.fill(made, self.format, self.shape, *(self.get_buffer(name) for name in names))
+                for name in names:
+                    delattr(self, name)
+                self.register_buffer("tiles_", made, persistent=False)
+            return self.get_buffer("tiles_")
+
+    def use_stored(self) -> None:
+        """Undo `arena` and `use_tiles`: the matrix as it is stored on disk."""
+        with tiles.LOCK, torch.inference_mode(False):
+            held, tiled = {}, self._buffers.get("tiles_")
+            if tiled is not None:
+                for suffix, (kind, shape) in self.format.shapes(*self.shape).items():
+                    held[suffix] = untouched(shape, HELD[kind]).to(tiled.device)
+                tiles.take_out(tiled, self.format, self.shape, *held.values())
+            elif "arena_data" in self._buffers:
+                held = self.quantized(slice(None)).pack()
+                held["scales"] = as_bits(held["scales"])
+            for suffix, value in held.items():
+                self.register_buffer(f"{suffix}_", value, persistent=False)
+            for name in ("tiles_", "arena_data"):
+                self._buffers.pop(name, None)
+
+    def held_names(self) -> list[str]:
+        return [f"{suffix}_" for suffix in self.format.shapes(*self.shape)]
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., in] @ W.T -> [..., out], as torch.compile is to see it."""
@@ -118,7 +158,8 @@ class PackedMatrix(Numbered):
         values = {name: read(name) for name in self.packed_names()}
         for suffix, (kind, shape) in self.format.shapes(self.out_features, self.in_features).items():
             check_stored(values[suffix], kind, shape, suffix)
-        self._buffers.pop("arena_data", None)
+        for name in ("tiles_", "arena_data"):
+            self._buffers.pop(name, None)
         for suffix, value in values.items():
             held = as_bits(value) if suffix == "scales" else value
             self.register_buffer(f"{suffix}_", held.detach().to(place, copy=True), persistent=False)
@@ -128,6 +169,7 @@ class PackedMatrix(Numbered):
         if "arena_data" in self._buffers:
             destination.update({prefix + name: t for name, t in self.quantized(slice(None)).pack().items()})
         elif self.sealed:
+            self.use_stored()
             for suffix in self.format.shapes(self.out_features, self.in_features):
                 value = getattr(self, f"{suffix}_")
                 destination[prefix + suffix] = value.view(torch.float16) if suffix == "scales" else value

@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from mopeq.errors import MopeqError
 from mopeq.kernels import triton
+from mopeq.kernels.choice import refusal
 from mopeq.nouns import PADDING, Format, guard_name
 from mopeq.packed import check_sizes, check_version, read_map
 from mopeq.plugins.hf import expert_formats
@@ -240,8 +241,12 @@ class ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         like = layer.w2_qweight.new_empty(0, dtype=layer.params_dtype)
         if like.is_cuda and not triton.refuses(flat.experts, like):
             triton.layer_of(flat.experts)  # in the order that the GPU kernels read, before any graph is captured
-            for name in held_by(layer):
-                delattr(layer, name)
+        elif like.is_cpu and not refusal("cpu", flat.experts, like):
+            flat.experts.use_tiles()
+        else:
+            return
+        for name in held_by(layer):
+            delattr(layer, name)
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         index = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids]
