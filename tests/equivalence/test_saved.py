@@ -271,4 +271,5 @@ def test_memory_is_the_packed_size(changes: dict[str, int], allowed: float) -> N
     assert 0.5 * size <= found["peak"] <= (1 + allowed) * size, found  # (other weights are mapped until they are used)
     assert found["after"] <= (1 + allowed) * size, found
     assert found["ran"] == found["own"] and found["left"] <= 0.01 * size, found
-    assert found["resident"] <= (1 + 2 * allowed) * size, found
+    # a pass leaves 4 to 9 MB more, whatever the model's size: malloc's slack and what libraries set up
+    assert found["resident"] <= (1 + allowed) * size + (12 << 20), found
