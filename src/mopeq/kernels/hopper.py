@@ -69,10 +69,10 @@ def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs:
 
     made = layer.arena
     top, down = made.layouts["up"], made.layouts["down"]
-    source = (made.table, made.data.view(torch.int32), layer.words, made.data, layer.halves)
+    source = (made.table, made.data.view(torch.int32), made.data, layer.halves)
     h = x.new_empty(pairs, top.out_features)
     y = x.new_empty(1, pairs, down.out_features)
-    shared: dict[str, Any] = {"E": experts.num_experts, **gating}
+    shared: dict[str, Any] = {"E": experts.num_experts, "EARLY": True, "launch_pdl": True, **gating}
     of_top = dict(P=0, CHOICES=pairs // len(x), UNIFORM=layer.uniform["up"], WIDTHS=layer.widths["up"])
     of_down = dict(P=len(made.layouts) - 1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
     launch(UPPER, many, x, h, source, biases, routed, top, **shared, **of_top)
@@ -88,8 +88,9 @@ def linear(layer: Layer, x: Tensor, y: Tensor) -> None:
     from mopeq.kernels.hopper_kernels import many
 
     made = layer.arena
-    source = (made.table, made.data.view(torch.int32), layer.words, made.data, layer.halves)
-    of_it = dict(P=0, E=1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
+    source = (made.table, made.data.view(torch.int32), made.data, layer.halves)
+    of_it = dict(P=0, E=1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"],
+                 EARLY=False)  # fmt: skip
     launch(UPPER, many, x, y, source, (None, None), None, made.layouts["down"], **PLAIN, **of_it)
 
 
@@ -99,8 +100,10 @@ def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, 
     tiles = -(-len(x) // TILE) if routed is None else len(routed[1])
     grid = (-(-lay.out_features // cut.rows), tiles * (TILE // cut.pairs))
     tables: list[Any] = [None] * 4 if routed is None else routed
+    # a gate waits in shared memory beside what is copied, of which words with a wide second plane leave less
+    stages = cut.stages - (rest["GATED"] and rest["WIDTHS"] >= 1 << 5)
     many[grid](
         x, y, *source, *biases, *tables, len(x), LONE=routed is None, N=lay.out_features,
-        K=lay.in_features, W=lay.words, GROUP=lay.group, TILE=TILE, BN=cut.rows, BM=cut.pairs, STAGES=cut.stages,
+        K=lay.in_features, W=lay.words, GROUP=lay.group, TILE=TILE, BN=cut.rows, BM=cut.pairs, STAGES=stages,
         num_warps=cut.warps, **rest,
     )  # fmt: skip
