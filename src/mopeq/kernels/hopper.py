@@ -64,7 +64,8 @@ def suits(experts: Any, layer: Layer, x: Tensor, pairs: int) -> bool:
 
 def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs: int, gating: dict[str, Any],
              biases: tuple[Tensor | None, Tensor | None]) -> Tensor:  # fmt: skip
-    """down(act(gate x) * (up x)) for each pair, without down's bias: [1, P, H]."""
+    """down(act(gate x) * (up x)) for each pair, without down's bias: [1, P, H]. `gating`: what the kernels are told
+    about the gate, and whether they start early."""
     from mopeq.kernels.hopper_kernels import many
 
     made = layer.arena
@@ -72,7 +73,7 @@ def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs:
     source = (made.table, made.data.view(torch.int32), made.data, layer.halves)
     h = x.new_empty(pairs, top.out_features)
     y = x.new_empty(1, pairs, down.out_features)
-    shared: dict[str, Any] = {"E": experts.num_experts, "EARLY": True, "launch_pdl": True, **gating}
+    shared: dict[str, Any] = {"E": experts.num_experts, **gating}
     of_top = dict(P=0, CHOICES=pairs // len(x), UNIFORM=layer.uniform["up"], WIDTHS=layer.widths["up"])
     of_down = dict(P=len(made.layouts) - 1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
     launch(UPPER, many, x, h, source, biases, routed, top, **shared, **of_top)
@@ -89,9 +90,8 @@ def linear(layer: Layer, x: Tensor, y: Tensor) -> None:
 
     made = layer.arena
     source = (made.table, made.data.view(torch.int32), made.data, layer.halves)
-    of_it = dict(P=0, E=1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"],
-                 EARLY=False)  # fmt: skip
-    launch(UPPER, many, x, y, source, (None, None), None, made.layouts["down"], **PLAIN, **of_it)
+    of_it = dict(P=0, E=1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
+    launch(UPPER, many, x, y, source, (None, None), None, made.layouts["down"], EARLY=False, **PLAIN, **of_it)
 
 
 def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, routed: list[Tensor] | None,

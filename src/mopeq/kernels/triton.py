@@ -242,7 +242,8 @@ def many_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
     """`few_pairs` for prompts, by the kernels of `hopper`: [1, pairs, H]."""
     biases = experts.bias_of("gate"), experts.bias_of("up")
     routed = routing(ids, experts.num_experts, hopper.TILE)
-    return hopper.products(experts, layer, x, routed, ids.numel(), gating(experts, layer.gate), biases)
+    told = gating(experts, layer.gate) | following(x)
+    return hopper.products(experts, layer, x, routed, ids.numel(), told, biases)
 
 
 def few_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
