@@ -110,7 +110,7 @@ def check_linear(part: int, parts: int) -> int:
     """`check` for `kernels.linear`; every case also with weights that were packed again from the GPU's order."""
     from torch import nn
 
-    from mopeq.kernels import choose_linear
+    from mopeq.kernels.choice import choose_linear
     from mopeq.nouns import Format
     from mopeq.plugins.matrices import PackedLinear
 

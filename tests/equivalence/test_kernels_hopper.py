@@ -23,8 +23,8 @@ from mopeq.kernels.hopper_kernels import many
 p, out, inputs, words, widths, warps, pairs = (int(part) for part in sys.argv[1:])
 given = dict(LONE=p > 2, P=p % 3, CHOICES=2, E=8, N=out, K=inputs, W=words, GROUP=32, UNIFORM=False, GATED=True,
              ACT=int(p < 3), ALPHA=1.0, LIMIT=0.0, BIAS=False, WIDTHS=widths, TILE=256, BN=128, BM=pairs, STAGES=4,
-             bias_gate=None, bias_up=None)
-kinds = dict(x="*bf16", h="*bf16", table="*i64", words="*i32", pairs="*i16", bytes="*u8", halves="*fp16",
+             bias_gate=None, bias_up=None, EARLY=p < 3)
+kinds = dict(x="*bf16", h="*bf16", table="*i64", words="*i32", bytes="*u8", halves="*fp16",
              sorted_pairs="*i32", tile_expert="*i32", tile_start="*i32", tile_end="*i32", rows="i32")
 if p > 2:
     given |= dict.fromkeys(("sorted_pairs", "tile_expert", "tile_start", "tile_end"))

@@ -16,9 +16,10 @@ A matrix's codes lie in tiles of S slots of W inputs: input kt*S*W + s*W + w is 
 So slots 0 and 1, 2 and 3, …, which mostly share a scale, lie equally far from the lowest bit of a half: there a kernel
 may leave them (`triton_kernels.left_at`), which saves it shifts.
 
-Planes are [tile, out, W], scales and zero points [group, out], so what a program reads lies together. Rows are padded
-to 16, inputs to whole tiles. Odd widths are kept as the next of these; otherwise bytes are those of the checkpoint,
-but for zero points, which take a byte each.
+Planes are [tile, out, W], scales and zero points [group, out], so what a program reads lies together. In a plane of
+bytes those of words w and w + W/2 are neighbours: read as 16 bits, they come to where both words are by one shift. Rows
+are padded to 16, inputs to whole tiles. Odd widths are kept as the next of these; otherwise bytes are those of the
+checkpoint, but for zero points, which take a byte each.
 """
 
 from __future__ import annotations
@@ -199,6 +200,8 @@ def write_rows(data: Tensor, place: list[int], lay: Layout, q: QWeight, at: int 
         for plane, first, width, of_code in pieces(bits, slot):
             planes[plane] |= (codes_KNSW[:, :, slot] >> of_code & 2**width - 1) << first
     words, second, scales, zeros = (data[span] for span in spans(place, lay, q.format))
+    if SECOND[bits] == 1:
+        planes[1] = planes[1].unflatten(-1, (2, w // 2)).mT.flatten(-2)
     for plane, part in zip((words.view(torch.int16), second.view(PLANE[SECOND[bits]])), planes, strict=True):
         if len(plane):
             plane.view(tiles, lay.rows, w)[:, at : at + n] = part.to(plane.dtype)
@@ -213,6 +216,8 @@ def read_rows(data: Tensor, place: list[int], lay: Layout, fmt: Format, index: T
     words, second, scales, zeros = (data[span] for span in spans(place, lay, fmt))
     planes = [words.view(torch.int16), second.view(PLANE[SECOND[bits]])]
     planes = [plane.view(tiles, lay.rows, w)[:, index].int() for plane in planes if len(plane)]
+    if SECOND[bits] == 1:
+        planes[1] = planes[1].unflatten(-1, (w // 2, 2)).mT.flatten(-2)
     codes = torch.zeros(*planes[0].shape[:2], SLOTS[bits], w, dtype=torch.int32, device=data.device)
     for slot in range(SLOTS[bits]):
         for plane, first, width, of_code in pieces(bits, slot):

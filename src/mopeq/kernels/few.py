@@ -18,28 +18,33 @@ if TYPE_CHECKING:
 
 MOST_OF_8 = 6  # pairs an expert, on average, up to which a tile has 8
 MOST_EACH = 12  # pairs an expert, on average, up to which this kernel is used
-PROGRAMS = 528  # about as many as a GPU runs at a time: a lone matrix is cut until there are that many
+PROGRAMS = 528  # about as many as a GPU runs at a time
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a call is cut: pairs a tile, 64 rows a program or twice that, programs sharing a reduction (of gate and up;
-    of down), pipeline stages, and registers a thread may take."""
+    """How a call is cut: pairs a tile, 64 rows a program or twice that and programs sharing a reduction (of gate and
+    up; of down), pipeline stages (of 8 slots; of tiles of 4 twice as many), and registers a thread may take."""
 
     scan: int  # pairs every program scans, a power of two; 0: they are sorted first
     pairs: int
-    halves: int
+    halves: tuple[int, int]
     split: tuple[int, int]
     stages: int
     registers: int
 
 
-def cut(pairs: int, experts: int) -> Cut:
+def cut(pairs: int, experts: int, shapes: dict[str, tuple[int, int]]) -> Cut:
     """By the number of (token, choice) pairs and how many an expert gets on average, as measured on an H200."""
     scan = max(8, 1 << (pairs - 1).bit_length()) if pairs <= 64 else 0
     if pairs > MOST_OF_8 * experts:
-        return Cut(scan, 16, 1, (1, 1), 4, 168)
-    return Cut(scan, 8, 1, (2, 2), 3, 128) if pairs <= 16 else Cut(scan, 8, 2, (1, 1), 3, 128)
+        return Cut(scan, 16, (1, 1), (1, 1), 2, 168)
+    if pairs <= 16:  # few programs, each of few inputs
+        (n, _), (_, k) = shapes["up"], shapes["down"]
+        top = (2, 4) if (len(shapes) - 1) * pairs * 4 * -(-n // 128) <= PROGRAMS else (1, 2)
+        down = (2, 1) if k <= 768 else (1, 2)
+        return Cut(scan, 8, (top[0], down[0]), (top[1], down[1]), 2, 128)
+    return Cut(scan, 8, (2, 2), (1, 1), 2, 128)
 
 
 @cache
@@ -71,7 +76,7 @@ def linear(layer: Layer, x: Tensor, y: Tensor, arrived: Tensor, **rest: Any) -> 
     tiles, blocks = -(-tokens // tile), -(-n // 64)
     steps = -(-x.shape[1] // 256)
     split = max(1, min(8, steps, PROGRAMS // (blocks * tiles)))
-    cut = Cut(-1, tile, 1, (split, split), 4, 128 if tile == 8 else 168)
+    cut = Cut(-1, tile, (1, 1), (split, split), 2, 128 if tile == 8 else 168)
     parts = torch.empty(1, split, tokens, n, device=x.device) if split > 1 else y[None, None]
     launch(cut, x, parts, layer, "down", tiles, arrived, [arrived] * 4, y, arrived, LAST=True, **rest)
 
@@ -82,12 +87,12 @@ def launch(
 ) -> None:  # fmt: skip
     from mopeq.kernels.few_kernels import few
 
-    made, (sides, split, pairs, n) = layer.arena, y.shape
+    made, (sides, split, pairs, n), halves = layer.arena, y.shape, cut.halves[p == "down"]
     lay, experts = made.layouts[p], made.table.shape[1]
-    few[(-(-n // (64 * cut.halves)), tiles, sides * split)](
+    few[(-(-n // (64 * halves)), tiles, sides * split)](
         x, y, made.table, layer.words, made.data, layer.halves, ids, pairs, *routed, out, arrived,
         P=len(made.layouts) - 1 if p == "down" else 0, CHOICES=pairs // len(x), E=experts, N=n, K=lay.in_features,
         W=lay.words, GROUP=lay.group, UNIFORM=layer.uniform[p], WIDTHS=layer.widths[p], SPLIT=split,
-        HALVES=cut.halves, BM=cut.pairs, SCAN=cut.scan, STAGES=cut.stages, FIRST=FIRST, num_warps=4,
+        HALVES=halves, BM=cut.pairs, SCAN=cut.scan, STAGES=cut.stages, FIRST=FIRST, num_warps=4,
         maxnreg=cut.registers, **rest,
     )  # fmt: skip

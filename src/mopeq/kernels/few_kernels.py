@@ -19,6 +19,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mopeq.kernels.hopper_kernels import barrier, copy
 from mopeq.kernels.triton_kernels import left_at, unpack_asm
 
+# right by 8 bits: of two shifts in a row the assembler would make one, and keep the word for it in more registers
+BYTE = gl.constexpr("prmt.b32 $0, $1, 0, 0x4321;")
+
 
 @gluon.jit
 def added(a, b):
@@ -71,18 +74,33 @@ def codes(words, second, BITS: gl.constexpr, SLOT: gl.constexpr, RUN: gl.constex
 
 
 @gluon.jit
-def widened(pairs, A: gl.constexpr):
-    """Pairs of bytes [64, W / 2] -> 16-bit words [64, W]."""
-    a, b = gl.inline_asm_elementwise(
-        "{ .reg .b32 t; cvt.u32.u16 t, $2; prmt.b32 t, t, 0, 0x4140; mov.b32 {$0, $1}, t; }", "=h,=h,h", [pairs],
-        dtype=(gl.int16, gl.int16), is_pure=True, pack=1,
-    )  # fmt: skip
-    return gl.convert_layout(gl.join(a, b).reshape([pairs.shape[0], pairs.shape[1] * 2]), A, assert_trivial=True)
+def less_of(zero, BITS: gl.constexpr, SLOT: gl.constexpr, RUN: gl.constexpr, ROOM: gl.constexpr, TIMES: gl.constexpr):
+    """Minus the base that `codes` leaves in, minus zero points [64]: [64, 1], float32."""
+    EXPONENT: gl.constexpr = ROOM - left_at(BITS, SLOT, RUN, ROOM)
+    if TIMES > 1:
+        less = -TIMES * 2.0**EXPONENT - zero.to(gl.float32)
+    else:  # a zero point is below the base, so it fits into the mantissa: one instruction instead of a conversion
+        bits = zero.to(gl.int32) * 2 ** (23 - EXPONENT) + ((EXPONENT + 127) * 2**23 - 2**31)
+        less = bits.to(gl.float32, bitcast=True)
+    return less[:, None]
+
+
+@gluon.jit
+def shifted(words, ASM: gl.constexpr):
+    """16-bit words shifted right, two at a time: what enters from above is never looked at."""
+    return gl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=gl.int16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def widened(both, A: gl.constexpr):
+    """16 bits that hold the bytes of words w and w + W / 2 [64, W / 2] -> [64, W], with whatever above a byte."""
+    hi = gl.join(both, shifted(both, "shr.b32 $0, $1, 8;")).permute((0, 2, 1))
+    return gl.convert_layout(hi.reshape([both.shape[0], both.shape[1] * 2]), A, assert_trivial=True)
 
 
 @gluon.jit
 def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
-                W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, SPLIT: gl.constexpr,
+               W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, SPLIT: gl.constexpr,
                HALVES: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
                WAIT: gl.constexpr):  # fmt: skip
     """Rows n0 … of one matrix times activations x_row [BM], over part `part`: float32 [64, BM], the next 64 rows'."""
@@ -96,6 +114,7 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
     G: gl.constexpr = S // RUN
     TILES: gl.constexpr = (K + BK - 1) // BK
     STEPS: gl.constexpr = (TILES + SPLIT - 1) // SPLIT
+    HELD: gl.constexpr = 4 if BITS == 3 else S  # slots unpacked from where they lie
     AHEAD: gl.constexpr = STAGES - 1
     PLANE: gl.constexpr = BITS == 3 or BITS == 6  # a byte for each word
     SLOT_BITS: gl.constexpr = 4 if BITS == 8 else BITS  # 8 bits: two times four
@@ -104,13 +123,12 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
     FULL: gl.constexpr = NP % BN == 0
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    PAIRS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)  # of bytes
     ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
     XL: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [NW, 1], [1, 0])
     WL: gl.constexpr = gl.BlockedLayout([1, 8], [256 // W, W // 8], [NW, 1], [1, 0])
     UL: gl.constexpr = gl.BlockedLayout([1, 8], [512 // W, W // 16], [NW, 1], [1, 0])
-    SL: gl.constexpr = gl.BlockedLayout([2], [32], [NW], [0])
-    ZL: gl.constexpr = gl.BlockedLayout([4], [32], [NW], [0])
+    SL: gl.constexpr = gl.BlockedLayout([8], [32], [NW], [0])
+    ZL: gl.constexpr = gl.BlockedLayout([16], [32], [NW], [0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     xs = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     w_smem: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // W, W // 8, [1, 0])
@@ -122,15 +140,15 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
         us = gl.allocate_shared_memory(gl.int16, [STAGES, BN, W // 2], gl.SwizzledSharedLayout(8, 4, W // 16, [1, 0]))
     ss = gl.allocate_shared_memory(gl.float16, [STAGES, G * BN], flat)
     zs = gl.allocate_shared_memory(gl.uint8, [STAGES, G * BN], flat)
-    first = words + gl.multiple_of(gl.load(place), 8)
+    at_words, at_second, at_scales, at_zeros, group = place
+    first = words + at_words
     second = words
     if BITS == 8:
-        second = words + gl.multiple_of(gl.load(place + 1), 8)
+        second = words + at_second
     elif PLANE:
-        second = words + gl.multiple_of(gl.load(place + 1) // 2, 8)
-    scales = halves + gl.multiple_of(gl.load(place + 2), 8)
-    zeros = bytes + gl.multiple_of(gl.load(place + 3), 16)
-    group = gl.load(place + 5).to(gl.int32)
+        second = words + gl.multiple_of(at_second // 2, 8)
+    scales = halves + at_scales
+    zeros = bytes + at_zeros
     if UNIFORM:
         group = GROUP
     begin = part * STEPS
@@ -187,34 +205,40 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
             if HALVES == 2:
                 hi_2 = us.index(at).slice(64, 64, dim=0).load(A)
         elif PLANE:
-            hi = widened(us.index(at).slice(0, 64, dim=0).load(PAIRS), A)
+            hi = widened(us.index(at).slice(0, 64, dim=0).load(MMA), A)
             if HALVES == 2:
-                hi_2 = widened(us.index(at).slice(64, 64, dim=0).load(PAIRS), A)
+                hi_2 = widened(us.index(at).slice(64, 64, dim=0).load(MMA), A)
         for r in gl.static_range(G):
             sums = gl.zeros([64, BM], gl.float32, MMA)
             sums_2 = sums
             high = sums
             high_2 = sums
             counts = sums
-            base = TIMES * 2.0 ** (ROOM - left_at(SLOT_BITS, r * RUN, RUN, ROOM))
             for j in gl.static_range(RUN):
+                if r * RUN + j == HELD:  # slots 4 … 7 to where 0 … 3 were, in the same registers
+                    lo = shifted(lo, BYTE)
+                    hi = shifted(hi, "shr.b32 $0, $1, 4;")
+                    if HALVES == 2:
+                        lo_2 = shifted(lo_2, BYTE)
+                        hi_2 = shifted(hi_2, "shr.b32 $0, $1, 4;")
                 b = xs.index(at).slice((r * RUN + j) * W, W, dim=1).permute((1, 0)).load(B)
-                sums = mma_v2(codes(lo, hi, SLOT_BITS, r * RUN + j, RUN, DTYPE), b, sums)
+                sums = mma_v2(codes(lo, hi, SLOT_BITS, (r * RUN + j) % HELD, RUN, DTYPE), b, sums)
                 if BITS == 8:
                     high = mma_v2(codes(hi, hi, SLOT_BITS, r * RUN + j, RUN, DTYPE), b, high)
                 if HALVES == 2:
-                    sums_2 = mma_v2(codes(lo_2, hi_2, SLOT_BITS, r * RUN + j, RUN, DTYPE), b, sums_2)
+                    sums_2 = mma_v2(codes(lo_2, hi_2, SLOT_BITS, (r * RUN + j) % HELD, RUN, DTYPE), b, sums_2)
                     if BITS == 8:
                         high_2 = mma_v2(codes(hi_2, hi_2, SLOT_BITS, r * RUN + j, RUN, DTYPE), b, high_2)
                 counts = mma_v2(one, b, counts)
             scale = ss.index(at).slice(r * BN, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
-            less = -base - zs.index(at).slice(r * BN, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
+            less = less_of(zs.index(at).slice(r * BN, 64, dim=0).load(ROWS), SLOT_BITS, r * RUN, RUN, ROOM, TIMES)
             if BITS == 8:
                 sums = sums + 16.0 * high
             acc += scale * (sums + less * counts)
             if HALVES == 2:
                 scale = ss.index(at).slice(r * BN + 64, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
-                less = -base - zs.index(at).slice(r * BN + 64, 64, dim=0).load(ROWS).to(gl.float32)[:, None]
+                less = less_of(zs.index(at).slice(r * BN + 64, 64, dim=0).load(ROWS), SLOT_BITS, r * RUN, RUN, ROOM,
+                               TIMES)  # fmt: skip
                 if BITS == 8:
                     sums_2 = sums_2 + 16.0 * high_2
                 acc_2 += scale * (sums_2 + less * counts)
@@ -263,8 +287,11 @@ def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert
         COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
         z = gl.program_id(2)
         n0 = gl.program_id(0) * (64 * HALVES)
-        place = table + ((P + z // SPLIT) * E + e) * 6
-        bits = gl.load(place + 4)
+        row = table + ((P + z // SPLIT) * E + e) * 6
+        bits = gl.load(row + 4)
+        place = (gl.multiple_of(gl.load(row), 8), gl.multiple_of(gl.load(row + 1), 8),
+                 gl.multiple_of(gl.load(row + 2), 8), gl.multiple_of(gl.load(row + 3), 16),
+                 gl.load(row + 5).to(gl.int32))  # fmt: skip
         acc = gl.zeros([64, BM], gl.float32, MMA)
         acc_2 = acc
         x_row = pair // CHOICES * K
@@ -274,7 +301,8 @@ def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert
             if (WIDTHS >> B) & 1:  # noqa: SIM102
                 if bits == B:  # not known when this is compiled: no `and`
                     acc, acc_2 = product_of(place, part, words, bytes, halves, n0, x, x_row, B, N, K, W, GROUP,
-                                            UNIFORM, SPLIT, HALVES, BM, STAGES, MMA, WAIT)  # fmt: skip
+                                            UNIFORM, SPLIT, HALVES, BM, STAGES if B <= 3 else 2 * STAGES, MMA,
+                                            WAIT)  # fmt: skip
         n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
         column = gl.convert_layout(pair, COLUMNS).to(gl.int64)
         there = gl.convert_layout(ok, COLUMNS)[None, :] > 0

@@ -64,12 +64,13 @@ def suits(experts: Any, layer: Layer, x: Tensor, pairs: int) -> bool:
 
 def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs: int, gating: dict[str, Any],
              biases: tuple[Tensor | None, Tensor | None]) -> Tensor:  # fmt: skip
-    """down(act(gate x) * (up x)) for each pair, without down's bias: [1, P, H]."""
+    """down(act(gate x) * (up x)) for each pair, without down's bias: [1, P, H]. `gating`: what the kernels are told
+    about the gate, and whether they start early."""
     from mopeq.kernels.hopper_kernels import many
 
     made = layer.arena
     top, down = made.layouts["up"], made.layouts["down"]
-    source = (made.table, made.data.view(torch.int32), layer.words, made.data, layer.halves)
+    source = (made.table, made.data.view(torch.int32), made.data, layer.halves)
     h = x.new_empty(pairs, top.out_features)
     y = x.new_empty(1, pairs, down.out_features)
     shared: dict[str, Any] = {"E": experts.num_experts, **gating}
@@ -88,9 +89,9 @@ def linear(layer: Layer, x: Tensor, y: Tensor) -> None:
     from mopeq.kernels.hopper_kernels import many
 
     made = layer.arena
-    source = (made.table, made.data.view(torch.int32), layer.words, made.data, layer.halves)
+    source = (made.table, made.data.view(torch.int32), made.data, layer.halves)
     of_it = dict(P=0, E=1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
-    launch(UPPER, many, x, y, source, (None, None), None, made.layouts["down"], **PLAIN, **of_it)
+    launch(UPPER, many, x, y, source, (None, None), None, made.layouts["down"], EARLY=False, **PLAIN, **of_it)
 
 
 def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, routed: list[Tensor] | None,
@@ -99,8 +100,10 @@ def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, 
     tiles = -(-len(x) // TILE) if routed is None else len(routed[1])
     grid = (-(-lay.out_features // cut.rows), tiles * (TILE // cut.pairs))
     tables: list[Any] = [None] * 4 if routed is None else routed
+    # a gate waits in shared memory beside what is copied, of which words with a wide second plane leave less
+    stages = cut.stages - (rest["GATED"] and rest["WIDTHS"] >= 1 << 5)
     many[grid](
         x, y, *source, *biases, *tables, len(x), LONE=routed is None, N=lay.out_features,
-        K=lay.in_features, W=lay.words, GROUP=lay.group, TILE=TILE, BN=cut.rows, BM=cut.pairs, STAGES=cut.stages,
+        K=lay.in_features, W=lay.words, GROUP=lay.group, TILE=TILE, BN=cut.rows, BM=cut.pairs, STAGES=stages,
         num_warps=cut.warps, **rest,
     )  # fmt: skip

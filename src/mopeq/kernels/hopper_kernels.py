@@ -13,8 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mopeq.kernels.triton_kernels import SILU, activated, left_at, subtrahend, unpack_asm
+from mopeq.kernels.triton_kernels import SILU, activated, left_at, unpack_asm
 
 # Triton 3.6 has other names for them than later versions
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -30,19 +31,30 @@ def copy(to, at, there, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def fetch(i, first, second, x, x_at, x_k, xs, ws, us, w_at, w_there, u_at, u_there, BITS: gl.constexpr,
-          NP: gl.constexpr, K: gl.constexpr, W: gl.constexpr, R: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-          STAGES: gl.constexpr, RING: gl.constexpr):  # fmt: skip
-    """Begin copying stage i: BK inputs of the activations, and the words of a tile where one begins."""
+def fetch(i, first, second, scales, zeros, x, x_at, x_k, xs, ws, us, ss, zs, w_at, w_there, u_at, u_there, s_at, z_at,
+          s_k, z_k, group, BITS: gl.constexpr, NP: gl.constexpr, K: gl.constexpr, W: gl.constexpr, R: gl.constexpr,
+          BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr):  # fmt: skip
+    """Begin copying stage i: BK inputs of the activations, and what there is of a tile where one begins."""
     WHOLE: gl.constexpr = (K + R * BK - 1) // (R * BK) * R * BK
+    FULL: gl.constexpr = NP % BN == 0
     if i < WHOLE // BK:
         k = i * BK
         copy(xs.index(i % STAGES), x + (x_at + k), x_k + k < K, WHOLE != K)  # beyond K: zeros
         if i % R == 0:
             t = i // R
-            copy(ws.index(t % RING), first + (w_at + t * (NP * W // 2)), w_there, NP % BN != 0)
-            if BITS == 8 or BITS == 3 or BITS == 6:
-                copy(us.index(t % RING), second + (u_at + t * (NP * W // 2)), u_there, NP % BN != 0)
+            to = t % RING
+            copy(ws.index(to), first + (w_at + t * (NP * W // 2)), w_there, not FULL)
+            if BITS == 8:
+                copy(us.index(to), second + (u_at + t * (NP * W // 2)), u_there, not FULL)
+            elif BITS == 3 or BITS == 6:
+                copy(us.index(to), second + (u_at + t * (NP * W // 4)), u_there, not FULL)
+            # what Triton cannot see for itself, and must to copy 4 bytes at a time: a group's rows lie together
+            s_group = gl.max_constancy((s_k + k) // group, [16])
+            z_group = gl.max_constancy((z_k + k) // group, [16])
+            s_there = gl.max_constancy((s_k + k < K) & (s_at < NP), [16])
+            z_there = gl.max_constancy((z_k + k < K) & (z_at < NP), [16])
+            copy(ss.index(to), scales + (s_group * NP + s_at), s_there, not FULL or WHOLE != K)
+            copy(zs.index(to), zeros + (z_group * NP + z_at), z_there, not FULL or WHOLE != K)
     async_copy.commit_group()
 
 
@@ -50,17 +62,23 @@ def fetch(i, first, second, x, x_at, x_k, xs, ws, us, w_at, w_there, u_at, u_the
 def unpacked(words, second, less, times, BITS: gl.constexpr, SLOT: gl.constexpr, RUN: gl.constexpr,
              DTYPE: gl.constexpr, A: gl.constexpr):  # fmt: skip
     """Pairs of words [BN, W / 2] and their second plane -> the weights [BN, W] of a slot."""
-    PLANE: gl.constexpr = BITS == 3 or BITS == 6
-    kinds: gl.constexpr = "=h,=h,r,h,r,r" if PLANE else "=h,=h,r,r,r,r"
     if gl.bfloat16 == DTYPE:
         ASM: gl.constexpr = unpack_asm(BITS, SLOT, True, True, True, left_at(BITS, SLOT, RUN, 7))
-        a, b = gl.inline_asm_elementwise(ASM, kinds, [words, second, less, times], dtype=(gl.bfloat16, gl.bfloat16),
-                                         is_pure=True, pack=1)  # fmt: skip
+        a, b = gl.inline_asm_elementwise(ASM, "=h,=h,r,r,r,r", [words, second, less, times],
+                                         dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1)  # fmt: skip
     else:
         ASM: gl.constexpr = unpack_asm(BITS, SLOT, False, True, True, left_at(BITS, SLOT, RUN, 10))
-        a, b = gl.inline_asm_elementwise(ASM, kinds, [words, second, less, times], dtype=(gl.float16, gl.float16),
-                                         is_pure=True, pack=1)  # fmt: skip
+        a, b = gl.inline_asm_elementwise(ASM, "=h,=h,r,r,r,r", [words, second, less, times],
+                                         dtype=(gl.float16, gl.float16), is_pure=True, pack=1)  # fmt: skip
     return gl.convert_layout(gl.join(a, b).reshape([words.shape[0], words.shape[1] * 2]), A, assert_trivial=True)
+
+
+@gluon.jit
+def widened(both, PAIRS: gl.constexpr):
+    """The second plane's bytes [BN, W / 4], two words' in 16 bits -> [BN, W / 2], with whatever above a byte."""
+    upper = gl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [both], dtype=gl.int32, is_pure=True, pack=1)
+    hi = gl.join(both, upper).permute((0, 2, 1)).reshape([both.shape[0], both.shape[1] * 2])
+    return gl.convert_layout(hi, PAIRS)
 
 
 @gluon.jit
@@ -70,7 +88,21 @@ def twice(value):
 
 
 @gluon.jit
-def product_of(place, words, pairs, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+def less_of(zero, BITS: gl.constexpr, SLOT: gl.constexpr, RUN: gl.constexpr, DTYPE: gl.constexpr):
+    """Minus the base that unpacking leaves in, minus zero points: in both halves of 32 bits."""
+    BF16: gl.constexpr = gl.bfloat16 == DTYPE
+    if BITS == 8 and BF16:
+        less = twice((-zero.to(gl.float32)).to(DTYPE))
+    else:  # a zero point is below the base, so it fits into the mantissa: one instruction instead of a conversion
+        ROOM: gl.constexpr = 7 if BF16 else 10
+        LEFT: gl.constexpr = left_at(BITS, SLOT, RUN, ROOM)
+        BASE: gl.constexpr = ((ROOM - LEFT + (127 if BF16 else 15)) << ROOM) * 0x10001 - 0x7FFF8000
+        less = zero.to(gl.int32) * (0x10001 << LEFT) + BASE
+    return less
+
+
+@gluon.jit
+def product_of(place, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
                W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
                STAGES: gl.constexpr, MMA: gl.constexpr, XL: gl.constexpr):  # fmt: skip
     """Rows n0 … of one matrix times activations [BM, K]: float32 [BN, BM]."""
@@ -84,32 +116,34 @@ def product_of(place, words, pairs, bytes, halves, n0, x, x_row, BITS: gl.conste
     TILES: gl.constexpr = (K + S * W - 1) // (S * W)
     AHEAD: gl.constexpr = STAGES - 1
     RING: gl.constexpr = (AHEAD + R - 1) // R + 1
-    GROUPS: gl.constexpr = 2 if GROUP % 64 != 0 else 1  # of a stage
-    RUN: gl.constexpr = Q // GROUPS  # slots that share `less`
-    ROOM: gl.constexpr = 7 if gl.bfloat16 == DTYPE else 10  # bits of a mantissa
+    SHARE: gl.constexpr = min(S, GROUP // W)  # slots of a tile that share a scale
+    RUN: gl.constexpr = min(Q, SHARE)  # and of a stage
     PLANE: gl.constexpr = BITS == 3 or BITS == 6  # a byte for each word
     KEEP: gl.constexpr = BN * BM <= 64 * 32 * NW  # the words of a tile, where sums leave registers for them
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     PAIRS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)
+    ROWS: gl.constexpr = gl.SliceLayout(1, PAIRS)
     H: gl.constexpr = W // 2
+    U: gl.constexpr = W // 4 if PLANE else H
     WL: gl.constexpr = gl.BlockedLayout([1, 4], [256 // W, W // 8], [NW, 1], [1, 0])
-    UL: gl.constexpr = gl.BlockedLayout([1, 8], [512 // W, W // 16], [NW, 1], [1, 0])
+    UL: gl.constexpr = gl.BlockedLayout([1, 4], [128 // U, U // 4], [NW, 1], [1, 0])
+    SL: gl.constexpr = gl.BlockedLayout([8], [32], [NW], [0])
+    ZL: gl.constexpr = gl.BlockedLayout([16], [32], [NW], [0])
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_smem: gl.constexpr = gl.SwizzledSharedLayout(4, 64 // W, W // 8, [1, 0])
-    u_smem: gl.constexpr = gl.SwizzledSharedLayout(8, 4, W // 16, [1, 0])
+    u_smem: gl.constexpr = gl.SwizzledSharedLayout(4, 32 // U, U // 4, [1, 0])
     x_smem: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     xs = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], x_smem)
     ws = gl.allocate_shared_memory(gl.int32, [RING, BN, H], w_smem)
     us = ws
-    second = pairs
-    if BITS == 8:
-        us = gl.allocate_shared_memory(gl.int32, [RING, BN, H], w_smem)
-        second = words + gl.multiple_of(gl.load(place + 1) // 2, 4)
-    elif PLANE:
-        us = gl.allocate_shared_memory(gl.int16, [RING, BN, H], u_smem)
-        second = pairs + gl.multiple_of(gl.load(place + 1) // 2, 8)
+    if BITS == 8 or PLANE:
+        us = gl.allocate_shared_memory(gl.int32, [RING, BN, U], u_smem)
+    ss = gl.allocate_shared_memory(gl.float16, [RING, S // SHARE * BN], flat)
+    zs = gl.allocate_shared_memory(gl.uint8, [RING, S // SHARE * BN], flat)
     first = words + gl.multiple_of(gl.load(place) // 2, 4)
-    scales = halves + gl.load(place + 2)
-    zeros = bytes + gl.load(place + 3)
+    second = words + gl.multiple_of(gl.load(place + 1) // (4 if PLANE else 2), 4)
+    scales = halves + gl.multiple_of(gl.load(place + 2), 8)
+    zeros = bytes + gl.multiple_of(gl.load(place + 3), 16)
     group = gl.load(place + 5).to(gl.int32)
     if UNIFORM:
         group = GROUP
@@ -119,63 +153,47 @@ def product_of(place, words, pairs, bytes, halves, n0, x, x_row, BITS: gl.conste
     rows = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, WL))
     w_at = rows[:, None] * H + gl.arange(0, H, layout=gl.SliceLayout(0, WL))[None, :]
     w_there = w_at < NP * H
-    u_at = w_at
-    u_there = w_there
-    if PLANE:
-        u_rows = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, UL))
-        u_at = u_rows[:, None] * H + gl.arange(0, H, layout=gl.SliceLayout(0, UL))[None, :]
-        u_there = u_at < NP * H
-    n = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, PAIRS))
-    n_there = n < NP
+    u_rows = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, UL))
+    u_at = u_rows[:, None] * U + gl.arange(0, U, layout=gl.SliceLayout(0, UL))[None, :]
+    u_there = u_at < NP * U
+    s_at = gl.arange(0, S // SHARE * BN, layout=SL)
+    z_at = gl.arange(0, S // SHARE * BN, layout=ZL)
+    s_k = s_at // BN * (SHARE * W)
+    z_k = z_at // BN * (SHARE * W)
+    s_at = n0 + s_at % BN
+    z_at = n0 + z_at % BN
     for early in gl.static_range(AHEAD):
-        fetch(early, first, second, x, x_at, x_k, xs, ws, us, w_at, w_there, u_at, u_there, BITS, NP, K, W, R, BN, BK,
-              STAGES, RING)  # fmt: skip
+        fetch(early, first, second, scales, zeros, x, x_at, x_k, xs, ws, us, ss, zs, w_at, w_there, u_at, u_there, s_at,
+              z_at, s_k, z_k, group, BITS, NP, K, W, R, BN, BK, STAGES, RING)  # fmt: skip
     acc = gl.zeros([BN, BM], gl.float32, MMA)
-    scale = gl.load(scales + n, mask=n_there, other=0.0)
-    zero = gl.load(zeros + n, mask=n_there, other=0)
-    scale_2 = scale
-    zero_2 = zero
-    if GROUPS == 2:
-        at_2 = (32 // group) * NP + n
-        scale_2 = gl.load(scales + at_2, mask=n_there & (K > 32), other=0.0)
-        zero_2 = gl.load(zeros + at_2, mask=n_there & (K > 32), other=0)
     # from 0, told so late that a loop of one tile stays a loop: Triton 3.6 cannot compile what is left of it else
     for t in range(gl.program_id(2), TILES):
+        at = t % RING
         for r in gl.static_range(R):
             i = t * R + r
             async_copy.wait_group(AHEAD - 1)
             fence_async_shared()
-            less = twice(subtrahend(zero, BITS, DTYPE, True, left_at(BITS, r * Q, RUN, ROOM)).to(DTYPE))
-            times = twice(scale.to(gl.float32).to(DTYPE))
-            less_2 = less
-            times_2 = times
-            if GROUPS == 2:
-                less_2 = subtrahend(zero_2, BITS, DTYPE, True, left_at(BITS, r * Q + Q // 2, RUN, ROOM))
-                less_2 = twice(less_2.to(DTYPE))
-                times_2 = twice(scale_2.to(gl.float32).to(DTYPE))
-            k = (i + 1) * BK  # the next stage's
-            at = (k // group) * NP + n
-            scale = gl.load(scales + at, mask=n_there & (k < K), other=0.0)
-            zero = gl.load(zeros + at, mask=n_there & (k < K), other=0)
-            if GROUPS == 2:
-                at = ((k + 32) // group) * NP + n
-                scale_2 = gl.load(scales + at, mask=n_there & (k + 32 < K), other=0.0)
-                zero_2 = gl.load(zeros + at, mask=n_there & (k + 32 < K), other=0)
             for q in gl.static_range(Q):
+                if q % RUN == 0:
+                    zero = zs.index(at).slice((r * Q + q) // SHARE * BN, BN).load(ROWS)
+                    scale = ss.index(at).slice((r * Q + q) // SHARE * BN, BN).load(ROWS)
+                    less = less_of(zero, BITS, r * Q + q, RUN, DTYPE)
+                    times = twice(scale.to(gl.float32).to(DTYPE))
                 if not KEEP or (r == 0 and q == 0):
-                    lo = ws.index(t % RING).load(PAIRS)
+                    lo = ws.index(at).load(PAIRS)
                     hi = lo
-                    if BITS == 8 or PLANE:
-                        hi = us.index(t % RING).load(PAIRS)
-                if q * W < 32:
-                    a = unpacked(lo, hi, less[:, None], times[:, None], BITS, r * Q + q, RUN, DTYPE, A)
-                else:
-                    a = unpacked(lo, hi, less_2[:, None], times_2[:, None], BITS, r * Q + q, RUN, DTYPE, A)
+                    if BITS == 8:
+                        hi = us.index(at).load(PAIRS)
+                    elif PLANE:
+                        hi = widened(us.index(at).load(PAIRS), PAIRS)
+                a = unpacked(lo, hi, less[:, None], times[:, None], BITS, r * Q + q, RUN, DTYPE, A)
                 x_q = xs.index(i % STAGES).permute((1, 0)).slice(q * W, W, dim=0)
                 acc = warpgroup_mma(a, x_q, acc, is_async=True)
+                if q == Q - 1:  # the stage that this overwrites has been multiplied, two products are on their way
+                    fetch(i + AHEAD, first, second, scales, zeros, x, x_at, x_k, xs, ws, us, ss, zs, w_at, w_there,
+                          u_at, u_there, s_at, z_at, s_k, z_k, group, BITS, NP, K, W, R, BN, BK, STAGES,
+                          RING)  # fmt: skip
                 acc = warpgroup_mma_wait(1, deps=[acc])
-            fetch(i + AHEAD, first, second, x, x_at, x_k, xs, ws, us, w_at, w_there, u_at, u_there, BITS, NP, K, W, R,
-                  BN, BK, STAGES, RING)  # fmt: skip
     acc = warpgroup_mma_wait(0, deps=[acc])
     async_copy.wait_group(0)
     barrier()
@@ -183,7 +201,7 @@ def product_of(place, words, pairs, bytes, halves, n0, x, x_row, BITS: gl.conste
 
 
 @gluon.jit
-def one(e, p, table, words, pairs, bytes, halves, n0, x, x_row, E: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+def one(e, p, table, words, bytes, halves, n0, x, x_row, E: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
         W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
         WIDTHS: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr, XL: gl.constexpr):  # fmt: skip
     """Rows n0 … of expert e's matrix number p times the activations: [BN, BM], float32."""
@@ -193,7 +211,7 @@ def one(e, p, table, words, pairs, bytes, halves, n0, x, x_row, E: gl.constexpr,
     for B in gl.static_range(2, 9):
         if (WIDTHS >> B) & 1:  # noqa: SIM102
             if bits == B:  # not known when this is compiled: no `and`
-                acc = product_of(place, words, pairs, bytes, halves, n0, x, x_row, B, N, K, W, GROUP, UNIFORM, BN, BM,
+                acc = product_of(place, words, bytes, halves, n0, x, x_row, B, N, K, W, GROUP, UNIFORM, BN, BM,
                                  STAGES, MMA, XL)  # fmt: skip
     return acc
 
@@ -215,7 +233,7 @@ def gated(gate, up, GATED: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
 
 
 @gluon.jit
-def tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs,
+def tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs,
          LONE: gl.constexpr, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr,
          K: gl.constexpr, W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr,
          ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr,
@@ -225,48 +243,58 @@ def tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate,
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, BM, 16])
     XL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [NW, 1], [1, 0])
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, NW], [0, 1])
-    j = start + gl.arange(0, BM, layout=gl.SliceLayout(1, XL))
-    j_out = start + gl.arange(0, BM, layout=gl.SliceLayout(0, OUT))
-    n = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, OUT))
+    i = start + gl.arange(0, BM, layout=gl.SliceLayout(1, XL))
     if LONE:
-        x_row = gl.where(j < end, j, 0) * K  # rows that are not there: the first
-        pair = j_out
+        x_row = gl.where(i < end, i, 0) * K  # rows that are not there: the first
     else:
-        x_row = gl.load(sorted_pairs + j, mask=j < end, other=0) // CHOICES * K
-        pair = gl.load(sorted_pairs + j_out, mask=j_out < end, other=0)
-    to = pair.to(gl.int64)[None, :] * N + n[:, None]
-    mask = (j_out < end)[None, :] & (n < N)[:, None]
-    for side in range(0, 2 if ACT > 0 and GATED else 1):  # gate, then up
-        y = one(e, P + side, table, words, pairs, bytes, halves, n0, x, x_row, E, N, K, W, GROUP, UNIFORM, BN, BM,
-                WIDTHS, STAGES, MMA, XL)  # fmt: skip
+        x_row = gl.load(sorted_pairs + i, mask=i < end, other=0) // CHOICES * K
+    SIDES: gl.constexpr = 2 if ACT > 0 and GATED else 1
+    if SIDES == 2:
         turned = gl.allocate_shared_memory(h.dtype.element_ty, [BM, BN], gl.NVMMASharedLayout(128, 16, 2))
-        turned.permute((1, 0)).store(y.to(h.dtype.element_ty))
-        barrier()
-        y = turned.permute((1, 0)).load(OUT)
-        if ACT > 0:  # noqa: SIM102
-            if side == (1 if GATED else 0):  # not known when this is compiled: no `and`
-                up = y.to(gl.float32)
-                gate = up
-                if GATED:
-                    gate = gl.load(h + to, mask=mask, other=0.0).to(gl.float32)
-                if BIAS:
-                    up += gl.load(bias_up + e * N + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-                    if GATED:
-                        gate += gl.load(bias_gate + e * N + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-                y = gated(gate, up, GATED, ACT, ALPHA, LIMIT).to(h.dtype.element_ty)
-        gl.store(h + to, y, mask=mask)
+    y = gl.zeros([BN, BM], gl.float32, MMA)
+    for side in range(0, SIDES):  # gate, which then waits in shared memory, and up
+        if SIDES == 2:  # noqa: SIM102
+            if side == 1:  # not known when this is compiled: no `and`
+                turned.permute((1, 0)).store(y.to(h.dtype.element_ty))
+        y = one(e, P + side, table, words, bytes, halves, n0, x, x_row, E, N, K, W, GROUP, UNIFORM, BN, BM,
+                WIDTHS, STAGES, MMA, XL)  # fmt: skip
+    if ACT > 0:
+        gate = y
+        if GATED:
+            gate = turned.permute((1, 0)).load(MMA).to(gl.float32)
+        if BIAS:
+            m = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA))
+            y += gl.load(bias_up + e * N + m, mask=m < N, other=0.0).to(gl.float32)[:, None]
+            if GATED:
+                gate += gl.load(bias_gate + e * N + m, mask=m < N, other=0.0).to(gl.float32)[:, None]
+        y = gated(gate, y, GATED, ACT, ALPHA, LIMIT)
+    if SIDES == 1:  # where what was multiplied lay
+        turned = gl.allocate_shared_memory(h.dtype.element_ty, [BM, BN], gl.NVMMASharedLayout(128, 16, 2))
+    turned.permute((1, 0)).store(y.to(h.dtype.element_ty))
+    barrier()
+    j = start + gl.arange(0, BM, layout=gl.SliceLayout(0, OUT))
+    n = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, OUT))
+    pair = j
+    if not LONE:
+        pair = gl.load(sorted_pairs + j, mask=j < end, other=0)
+    to = pair.to(gl.int64)[None, :] * N + n[:, None]
+    gl.store(h + to, turned.permute((1, 0)).load(OUT), mask=(j < end)[None, :] & (n < N)[:, None])
 
 
 @gluon.jit(do_not_specialize=["rows"])
-def many(x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, tile_expert, tile_start, tile_end,
+def many(x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, tile_expert, tile_start, tile_end,
          rows, LONE: gl.constexpr, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr,
          K: gl.constexpr, W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr,
          ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr,
-         TILE: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """BM pairs of a tile of TILE times BN rows; where fewer are left, half or a quarter as many.
+         TILE: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+         EARLY: gl.constexpr):  # fmt: skip
+    """BM pairs of a tile of TILE times BN rows; where fewer are left, a half, a quarter or (of 256) an eighth of them.
 
     LONE: there is one matrix, and a pair is one of the `rows` of x.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     t = gl.program_id(1) // (TILE // BM)
     n0 = gl.program_id(0) * BN
     e = 0
@@ -279,14 +307,19 @@ def many(x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pa
     start += gl.program_id(1) % (TILE // BM) * BM
     if e >= 0:
         if end - start > BM // 2:
-            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
+            tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
                  CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM,
                  STAGES)  # fmt: skip
         elif end - start > BM // 4:
-            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
+            tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
                  CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM // 2,
                  STAGES)  # fmt: skip
-        elif end > start:
-            tile(e, start, end, n0, x, h, table, words, pairs, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
+        elif end - start > (BM // 8 if BM == 256 else 0):
+            tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
                  CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM // 4,
                  STAGES)  # fmt: skip
+        elif end > start:  # noqa: SIM102
+            if BM == 256:  # known when this is compiled: no `and`
+                tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
+                     CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM // 8,
+                     STAGES)  # fmt: skip

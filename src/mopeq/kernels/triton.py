@@ -242,7 +242,8 @@ def many_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
     """`few_pairs` for prompts, by the kernels of `hopper`: [1, pairs, H]."""
     biases = experts.bias_of("gate"), experts.bias_of("up")
     routed = routing(ids, experts.num_experts, hopper.TILE)
-    return hopper.products(experts, layer, x, routed, ids.numel(), gating(experts, layer.gate), biases)
+    told = gating(experts, layer.gate) | following(x)
+    return hopper.products(experts, layer, x, routed, ids.numel(), told, biases)
 
 
 def few_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
@@ -286,7 +287,8 @@ def few_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
 
 def few_by_gluon(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
     """`few_pairs` by the kernel of `few`."""
-    pairs, count, cut, early = ids.numel(), experts.num_experts, few.cut(ids.numel(), experts.num_experts), following(x)
+    pairs, count, early = ids.numel(), experts.num_experts, following(x)
+    cut = few.cut(pairs, count, experts.shapes)
     routed = [ids] * 4 if cut.scan else routing(ids, count, cut.pairs)
     parts = torch.empty(2 if experts.has_gate else 1, cut.split[0], pairs, experts.shapes["up"][0], device=x.device)
     if cut.scan:

@@ -46,7 +46,7 @@ def unpack_asm(bits, slot, bf16, scaled, pairs, left=0):
     """PTX that makes two weights of a slot, or, unless `scaled`, their codes plus the base; codes are `left` at a bit.
 
     $1 two words, $2 their second plane, and if scaled $3 two of -(base + zero), $4 two scales -> $0 two weights. With
-    `pairs` the results are $0 and $1, all else follows, and a second plane of bytes comes as two of them in 16 bits.
+    `pairs` the results are $0 and $1, and all else follows.
     8 bits in bf16 exceed the mantissa, so there each half of the code is made apart and $3 is -zero.
     """
     kind, one = ("bf16x2", "0x3F803F80") if bf16 else ("f16x2", "0x3C003C00")
@@ -54,9 +54,6 @@ def unpack_asm(bits, slot, bf16, scaled, pairs, left=0):
     names = ["{$0, $1}", "$2", "$3", "$4", "$5"] if pairs else ["$0", "$1", "$2", "$3", "$4"]
     lines = ["{ .reg .b32 t, u, one, minus, sixteen;"]
     second = names[2]
-    if pairs and (bits == 3 or bits == 6):
-        lines.append(f".reg .b32 more; cvt.u32.u16 more, {second}; prmt.b32 more, more, 0, 0x4140;")
-        second = "more"
     wide = bits == 8 and bf16
     started = False
     for piece in pieces(bits, slot):
@@ -134,10 +131,10 @@ def unpack_late(words, second, BITS: tl.constexpr, SLOT: tl.constexpr, DTYPE: tl
 
 
 @triton.jit
-def subtrahend(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr, LEFT: tl.constexpr = 0):
+def subtrahend(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """Minus the zero point, and minus the base where unpacking leaves that in; float32."""
     base: tl.constexpr = 0.0 if not PTX else 1024.0 if tl.bfloat16 != DTYPE else 0.0 if BITS == 8 else 128.0
-    return -base / 2**LEFT - zero.to(tl.float32)
+    return -base - zero.to(tl.float32)
 
 
 @triton.jit
@@ -195,7 +192,9 @@ def product_of(acc, place, part, words, bytes, halves, n, x, x_row, x_ok, BITS: 
         if BITS == 8:
             hi = tl.load(words + at_second + at, mask=there, other=0)
         elif BITS == 3 or BITS == 6:
-            hi = tl.load(bytes + at_second + at, mask=there, other=0).to(tl.int16)
+            of_bytes = n[:, None] * (W // 2) + tl.arange(0, W // 2)[None, :] + (step // (S // Q)) * (NP * W // 2)
+            both = tl.load(words + tl.multiple_of(at_second // 2, 8) + of_bytes, mask=there, other=0)
+            hi = tl.join(both, both >> 8).permute(0, 2, 1).reshape(both.shape[0], W)  # and whatever above a byte
         if Q < S:
             sub = step % (S // Q)
             lo = shifted(lo, sub * (4 if BITS == 2 else 8), PTX)  # slots 4 … 7 to where 0 … 3 were
