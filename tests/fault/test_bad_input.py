@@ -162,6 +162,13 @@ def test_what_may_be_missing(model: Path, tmp_path: Path) -> None:
     assert quantize(model, tmp_path / "out").code == 0
 
 
+@pytest.mark.parametrize("nothing", [{}, None])
+def test_an_empty_quantization_config(nothing: Any, model: Path, tmp_path: Path) -> None:
+    config(model, lambda c: c | {"quantization_config": nothing})
+    made = quantize(model, tmp_path / "out", "--sensitivity", "error", "--method", "gptq", "--calib-tokens", 99)
+    assert made.code == 0, made.err
+
+
 def test_a_pointer_in_the_place_of_a_shard(model: Path, tmp_path: Path) -> None:
     """What git leaves where Git LFS is not installed."""
     path = sorted(model.glob("*.safetensors"))[0]
