@@ -411,7 +411,7 @@ def check_ties(job: Job) -> None:
         head = job.checkpoint.tensors[name]
         for other in job.spec.tensors.values():
             if other.name.endswith("embed_tokens.weight") and other.shape == head.shape:
-                if not same_bytes(job.folder, head, other):
+                if not same_bytes(job.folder, head, job.folder, other):
                     raise BadInput(
                         f"config.json ties {name} and {other.name}, and they differ",
                         'if they are meant to, set "tie_word_embeddings": false in config.json',
