@@ -46,6 +46,11 @@ class Calibration:
         others = any(id(batch) not in own for batch in self.judges)
         return digest((*self.batches, *self.judges)) if others else self.digest
 
+    @cached_property
+    def tried_digest(self) -> str:
+        """Of what maps are tried on."""
+        return digest(self.tries or self.batches)
+
 
 def calibrate_with(
     folder: Path,
