@@ -362,6 +362,8 @@ def check_out(job: Job, out: Path) -> None:
         raise BadInput(f"{out} lies in the source folder", "choose an -o outside it")
     if job.options.run:
         run, seen = Path(job.options.run).resolve(), out.resolve()
+        if run.exists() and not run.is_dir():
+            raise BadInput(f"--run {job.options.run} is a file", "--run DIR is a folder")
         if run == job.folder.resolve() or job.folder.resolve() in run.parents:
             raise BadInput(f"--run {job.options.run} lies in the source folder", "choose a --run outside it")
         if run == seen or (seen in run.parents and seen / ".mopeq" not in (run, *run.parents)):

@@ -107,7 +107,8 @@ def test_measured_against_another_model(tmp_path: Path) -> None:
     """It is done, and said; a copy of the original, with other times of change, is the original."""
     out, other = tmp_path / "out", tiny.write(tmp_path / "other", "olmoe", seed=1)
     result("quantize", source("olmoe"), "-o", out)
-    for against, notes in ((other, 1), (copy(source("olmoe"), tmp_path / "copy"), 0)):
+    narrow = tiny.write(tmp_path / "narrow", "mixtral", hidden_size=32)
+    for against, notes in ((other, 1), (narrow, 1), (copy(source("olmoe"), tmp_path / "copy"), 0)):
         ended = mopeq("eval", out, "--against", against, "--data", text(), "--window", "64", "--limit", "1", "--json")
         assert ended.code == 0 and json.loads(ended.out)["kl"] > 0
         assert ended.err.count("was not made from") == notes, ended.err

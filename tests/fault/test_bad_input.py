@@ -539,6 +539,8 @@ def test_a_run_directory_where_out_is_sealed(tmp_path: Path) -> None:
         assert not out.exists()
     assert quantize(source("olmoe"), out, "--run", out / ".mopeq").code == 0
     assert mopeq("verify", out).code == 0
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in quantize(source("olmoe"), tmp_path / "new", "--run", tmp_path / "file").refused()[0]
 
 
 def test_out_that_cannot_be_written(tmp_path: Path) -> None:
