@@ -58,6 +58,7 @@ def solve_again(path: Path, avg_bits: float | None, fit: str | int | None) -> tu
     try:
         job = job_of(facts, avg_bits, fit)
         run = run or run_of(path, facts)
+        on = (facts.get("calibration") or {}).get("tried")
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise BadInput(f"{record} is damaged: {problem}", "copy or make the checkpoint again") from None
     sensitivity = None
@@ -65,7 +66,6 @@ def solve_again(path: Path, avg_bits: float | None, fit: str | int | None) -> tu
         sensitivity = saved_sensitivity(run, facts, job)
         if sensitivity is None:
             raise BadInput(f"{run.path} holds no {job.options.sensitivity} sensitivity", "quantize once with --run DIR")
-    on = (facts.get("calibration") or {}).get("tried")
     map_, notes = decide(job, sensitivity, partial(tried, job, run, sensitivity, None, on))
     for note in notes:
         say(f"note: {note}")
