@@ -232,11 +232,11 @@ def change_between(before: Mapping[str, str], now: Mapping[str, str]) -> str | N
     return None
 
 
-def same_bytes(folder: Path, a: TensorInfo, b: TensorInfo) -> bool:
-    """Whether two stored tensors of one dtype hold the same bytes; read a piece at a time."""
+def same_bytes(folder: Path, a: TensorInfo, other: Path, b: TensorInfo) -> bool:
+    """Whether two folders' stored tensors, of one dtype, hold the same bytes; read a piece at a time."""
     if (a.dtype, a.nbytes) != (b.dtype, b.nbytes):
         return False
-    with open(folder / a.file, "rb") as first, open(folder / b.file, "rb") as second:
+    with open(folder / a.file, "rb") as first, open(other / b.file, "rb") as second:
         first.seek(a.offset)
         second.seek(b.offset)
         for at in range(0, a.nbytes, 1 << 22):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PROCESS = 450 << 20  # Python, torch and transformers
 PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in between
 PARAMETER = 5  # what one of a part takes while the part runs in float32; 6.3 and what is stored were measured
+WAITING = 3  # copies of the hidden states that wait: a model's forward holds its embeddings too; 3.0, 3.7 were measured
 HELD = 3.3  # times a layer's packed experts, while they are stored and put in order; 2.9 was measured
 FEW = 8  # experts of a layer that are compared when it is read back, more where that many do not hold all its formats
 SHARE = 0.9  # of the memory that is free, where --max-memory says nothing
@@ -55,7 +56,7 @@ def shown_bytes(layers: list[MoELayer], options: Options) -> int:
 
 def waiting_bytes(layer: MoELayer, options: Options) -> int:
     """The hidden states of all tokens that wait for a layer to have its weights: those shown, and their judges."""
-    return 4 * layer.shapes["up"][1] * options.calib_tokens * (2 if options.judges else 1)
+    return WAITING * 4 * layer.shapes["up"][1] * options.calib_tokens * (2 if options.judges else 1)
 
 
 def whole_bytes(spec: MoESpec, options: Options) -> int:

@@ -103,10 +103,10 @@ def load_config(folder: Path) -> Any:
         raise BadInput(f"{folder} has no config.json", "give the folder of a checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if packed_tensors(folder):
-            for scope in (config, *vars(config).values()):
-                if hasattr(scope, "quantization_config"):
-                    del scope.quantization_config
+        unpacks = bool(packed_tensors(folder))
+        for scope in (config, *vars(config).values()):  # an empty one says nothing, and is none to transformers' loader
+            if hasattr(scope, "quantization_config") and (unpacks or not scope.quantization_config):
+                del scope.quantization_config
         return config
     except MopeqError:
         raise
@@ -134,10 +134,10 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | N
     """
     quiet_transformers()
     config = load_config(folder)
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    options: dict[str, Any] = {"config": config} | ({} if attention is None else {"attn_implementation": attention})
     tensors = packed_tensors(folder)
     if tensors:
-        options |= {"config": config, "state_dict": {name: widened(folder, t, dtype) for name, t in tensors.items()}}
+        options |= {"state_dict": {name: widened(folder, t, dtype) for name, t in tensors.items()}}
     place = None if tensors else folder
     options |= {"local_files_only": True, "output_loading_info": True}
     try:

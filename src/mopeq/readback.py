@@ -7,6 +7,7 @@ reference has to hold no more than those, in float32, and reading back costs a f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,7 @@ def check_model(source: Path, spec: MoESpec, other: Format | None) -> None:
     try:
         refuse_unfit_experts(spec, model)
         refuse_unfit(spec, model)
+        refuse_missing(spec, model)
         if other is not None:
             experts: dict[str, Any] = {layer.prefix: {} for layer in spec.layers}
             quantizer = MopeqQuantizer(MopeqConfig(format_version=1, formats=[], experts=experts, other=other.name))
@@ -92,6 +94,34 @@ def refuse_unfit(spec: MoESpec, model: Any) -> None:
             raise BadInput(
                 f"{name} is {list(tensor.shape)} in the weights, {list(state[key].shape)} by config.json",
                 "config and weights belong to different checkpoints",
+            )
+
+
+def refuse_missing(spec: MoESpec, model: Any) -> None:
+    """BadInput naming the first tensor of the model, of those outside its routed experts, that transformers makes of
+    nothing in the source."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping = get_model_conversion_mapping(model, None, None)
+    renamed, state = renamer(model, mapping), model.state_dict(keep_vars=True)
+    made = {id(p) for _, module in model_layers(spec, model) for p in module.parameters()}
+    for name in spec.tensors:
+        if spec.roles[name] == "routed expert":
+            continue
+        key, pattern = renamed(name)
+        found = {key if key in state else name}
+        for converter in (x for x in mapping if pattern in x.source_patterns):  # one that splits makes several
+            stem, first, end = key.rpartition(converter.target_patterns[0])
+            found |= {f"{stem}{other}{end}" for other in converter.target_patterns if first}
+        made |= {id(state[each]) for each in found if each in state}
+    ties = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    made |= {id(state[b]) for pair in ties for a, b in (pair, pair[::-1]) if a in state and id(state[a]) in made}
+    spared = model._keys_to_ignore_on_load_missing or ()
+    for name, tensor in state.items():
+        if id(tensor) not in made and not any(re.search(pattern, name) for pattern in spared):
+            raise BadInput(
+                f"no tensor in the weights becomes {name}, which the model of config.json has",
+                "fetch the checkpoint again; or are config and weights of different checkpoints?",
             )
 
 

@@ -298,7 +298,8 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
 
 
 def made_from(job: Job, calibration: Calibration | None) -> dict[str, Any]:
-    """The source, the options and the data, as JSON: all that another budget is solved from beside a sensitivity."""
+    """The source, the options, the data and the sensitivity's digest, as JSON: all that another budget is solved from
+    beside that sensitivity."""
     kept_at = str(Path(job.options.run).resolve()) if job.options.run else None  # found from any folder
     options = {
         k: (list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v)
@@ -311,7 +312,13 @@ def made_from(job: Job, calibration: Calibration | None) -> dict[str, Any]:
         "source_digest": job.spec.digest,
         "options": options | {"calib": [str(p) for p in job.options.calib], "run": kept_at},
         "calibration": calibration
-        and {"digest": calibration.digest, "sensed": sensed_digest(job, calibration), "tokens": calibration.tokens},
+        and {
+            "digest": calibration.digest,
+            "sensed": sensed_digest(job, calibration),
+            "tried": calibration.tried_digest,
+            "tokens": calibration.tokens,
+        },
+        "sense": None if skips_sense(job) else sense_digest(job, calibration),
     }
 
 
@@ -355,6 +362,8 @@ def check_out(job: Job, out: Path) -> None:
         raise BadInput(f"{out} lies in the source folder", "choose an -o outside it")
     if job.options.run:
         run, seen = Path(job.options.run).resolve(), out.resolve()
+        if run.exists() and not run.is_dir():
+            raise BadInput(f"--run {job.options.run} is a file", "--run DIR is a folder")
         if run == job.folder.resolve() or job.folder.resolve() in run.parents:
             raise BadInput(f"--run {job.options.run} lies in the source folder", "choose a --run outside it")
         if run == seen or (seen in run.parents and seen / ".mopeq" not in (run, *run.parents)):
@@ -411,7 +420,7 @@ def check_ties(job: Job) -> None:
         head = job.checkpoint.tensors[name]
         for other in job.spec.tensors.values():
             if other.name.endswith("embed_tokens.weight") and other.shape == head.shape:
-                if not same_bytes(job.folder, head, other):
+                if not same_bytes(job.folder, head, job.folder, other):
                     raise BadInput(
                         f"config.json ties {name} and {other.name}, and they differ",
                         'if they are meant to, set "tie_word_embeddings": false in config.json',
@@ -637,8 +646,10 @@ def allocate(
     """The precision map, by the allocator asked for, at exactly the budget; and what a user should know of it."""
     if job.given_map is not None:
         return job.given_map, []
-    map_, notes = decide(job, sensitivity, partial(tried, job, run, sensitivity, calibration))
+    on = calibration.tried_digest if calibration else None
+    map_, notes = decide(job, sensitivity, partial(tried, job, run, sensitivity, calibration, on))
     facts = {"sensitivity": job.options.sensitivity if sensitivity else None, "allocate": job.options.allocate}
+    facts |= {"sense": sense_digest(job, calibration) if sensitivity else None}
     budget = vars(job.budget) if job.budget else None
     run.save_map(map_.digest, map_, facts | {"per": job.options.per, "scope": job.options.scope, "budget": budget})
     run.event("allocate", map=map_.digest)
@@ -683,16 +694,19 @@ def tried(
     run: RunDir,
     sensitivity: Sensitivity | None,
     calibration: Calibration | None,
+    on: str | None,
     map_: PrecisionMap,
     uniform: PrecisionMap,
 ) -> Trial | None:
-    """Both maps tried on data that they were not made from, if there is more of it, with the matrices that sensing
-    quantized; None where these are not at hand. Kept, since they go once the layers are quantized."""
+    """Both maps tried on data (of the digest `on`) that they were not made from, if there is more of it, with the
+    matrices that sensing quantized; None where these are not at hand. Kept, since they may go once the layers are
+    quantized."""
     o = job.options
     if sensitivity is None or not job.options.tries_quantizers:
         return None
-    made_of = {"source": job.spec.digest, "data": sensitivity.data_digest, "method": o.method, "seed": o.seed}
-    digest = stage_digest("trial", sensed=o.sensitivity, map=map_.digest, uniform=uniform.digest, **made_of)
+    made_of = {"source": job.spec.digest, "data": sensitivity.data_digest, "method": sensed_as(o.method), "on": on}
+    maps = {"map": map_.digest, "uniform": uniform.digest}
+    digest = stage_digest("trial", sensed=o.sensitivity, seed=o.seed, **made_of, **maps)
     file = run.path / "trials" / f"{digest}.json"
     if file.exists():
         from mopeq.sense.trial import Trial
@@ -792,7 +806,8 @@ def quantize_layers(
 
         cluster.quantize(job, run, map_, files, data)
     quantize_files(job, map_, files, calibration)
-    sensed.drop()
+    if not o.run:  # another budget is tried with these, and made of them
+        sensed.drop()
     notes = [file.with_suffix(".txt") for file in files.values()]
     return files, [note.read_text() for note in notes if note.exists()]
 

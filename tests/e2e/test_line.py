@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
-from made import DTYPES, digests, header_of, payload, quantize, room, source, stored
+from made import DTYPES, copy, digests, header_of, payload, quantize, room, source, stored
 from warm import mopeq
 
 from mopeq.errors import MopeqError
@@ -101,6 +101,17 @@ def test_every_family_through_every_verb(kind: str, tmp_path: Path) -> None:
         assert key in measured
     assert measured["kl"] > 1e-4 and 0 <= measured["top1_agreement"] <= 1 and measured["tokens"] > 100
     assert result("verify", out)["whole"]  # having been measured, the folder is still what it was
+
+
+def test_measured_against_another_model(tmp_path: Path) -> None:
+    """It is done, and said; a copy of the original, with other times of change, is the original."""
+    out, other = tmp_path / "out", tiny.write(tmp_path / "other", "olmoe", seed=1)
+    result("quantize", source("olmoe"), "-o", out)
+    narrow = tiny.write(tmp_path / "narrow", "mixtral", hidden_size=32)
+    for against, notes in ((other, 1), (narrow, 1), (copy(source("olmoe"), tmp_path / "copy"), 0)):
+        ended = mopeq("eval", out, "--against", against, "--data", text(), "--window", "64", "--limit", "1", "--json")
+        assert ended.code == 0 and json.loads(ended.out)["kl"] > 0
+        assert ended.err.count("was not made from") == notes, ended.err
 
 
 def text() -> Path:

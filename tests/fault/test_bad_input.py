@@ -56,6 +56,17 @@ def shard_with(folder: Path, tensor: str) -> Path:
     return next(p for p in sorted(folder.glob("*.safetensors")) if tensor in header_of(p))
 
 
+def drop(folder: Path, tensor: str) -> None:
+    """Take a tensor out of a checkpoint: of its shard and the index."""
+    from safetensors.torch import load_file, save_file
+
+    path = shard_with(folder, tensor)
+    save_file({n: t for n, t in load_file(path).items() if n != tensor}, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    body = json.loads(index.read_text())
+    index.write_text(json.dumps(body | {"weight_map": {n: f for n, f in body["weight_map"].items() if n != tensor}}))
+
+
 def poke(folder: Path, tensor: str, at: int, value: bytes) -> None:
     """Overwrite bytes of a stored tensor."""
     path = shard_with(folder, tensor)
@@ -132,6 +143,30 @@ def test_a_config_of_another_checkpoint(change: dict[str, Any], said: str, model
     ended = quantize(model, tmp_path / "out")
     assert said in ended.refused()[0] and "check:" not in ended.err
     nothing_written(tmp_path / "out")
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"])
+def test_a_tensor_that_the_config_asks_for(lost: str, model: Path, tmp_path: Path) -> None:
+    """Named before any work, whether data is shown or not."""
+    drop(model, lost)
+    for more in ((), ("--sensitivity", "error", "--method", "gptq")):
+        ended = quantize(model, tmp_path / "out", *more)
+        assert f"becomes {lost}" in ended.refused()[0] and "check:" not in ended.err
+        nothing_written(tmp_path / "out")
+
+
+def test_what_may_be_missing(model: Path, tmp_path: Path) -> None:
+    """A tied head, which is the embedding."""
+    drop(model, "lm_head.weight")
+    config(model, lambda c: c | {"tie_word_embeddings": True})
+    assert quantize(model, tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("nothing", [{}, None])
+def test_an_empty_quantization_config(nothing: Any, model: Path, tmp_path: Path) -> None:
+    config(model, lambda c: c | {"quantization_config": nothing})
+    made = quantize(model, tmp_path / "out", "--sensitivity", "error", "--method", "gptq", "--calib-tokens", 99)
+    assert made.code == 0, made.err
 
 
 def test_a_pointer_in_the_place_of_a_shard(model: Path, tmp_path: Path) -> None:
@@ -504,6 +539,8 @@ def test_a_run_directory_where_out_is_sealed(tmp_path: Path) -> None:
         assert not out.exists()
     assert quantize(source("olmoe"), out, "--run", out / ".mopeq").code == 0
     assert mopeq("verify", out).code == 0
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in quantize(source("olmoe"), tmp_path / "new", "--run", tmp_path / "file").refused()[0]
 
 
 def test_out_that_cannot_be_written(tmp_path: Path) -> None:

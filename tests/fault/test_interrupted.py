@@ -182,6 +182,50 @@ def test_another_budget_takes_the_saved_sensitivity(tmp_path: Path) -> None:
     assert alone.code == 0 and digests(tmp_path / "b") == digests(tmp_path / "c")
 
 
+SHOWN = ("--sensitivity", "error", "--method", "gptq", "--calib-tokens", 300)
+
+
+def run_line(out: Path, *more: object) -> tuple[dict[str, str], list[str], str]:
+    """Digests of the files, the notes, and what was said."""
+    ended = mopeq("quantize", source("olmoe"), "-o", out, *more, "--json")
+    assert ended.code == 0, ended.err
+    return digests(out), json.loads(ended.out)["notes"], ended.err
+
+
+def test_another_budget_of_a_shared_run_is_what_it_is_alone(tmp_path: Path) -> None:
+    """Its map is tried too, and what sensing quantized serves it."""
+    run = ("--run", tmp_path / "run")
+    run_line(tmp_path / "a", *SHOWN, *run, "--avg-bits", "2.5")
+    after, alone = run_line(tmp_path / "b", *SHOWN, *run), run_line(tmp_path / "c", *SHOWN)
+    assert after[:2] == alone[:2] and any("the map's KL is" in note for note in after[1])
+    assert "sense: error taken from" in after[2] and "as sensed" in after[2]
+    twosided = [
+        run_line(tmp_path / out, *SHOWN, "--method", "twosided", *more) for out, more in (("d", run), ("e", ()))
+    ]
+    assert twosided[0][:2] == twosided[1][:2]
+
+
+def test_a_trial_is_of_the_data_at_hand(tmp_path: Path) -> None:
+    """Data that grew where neither quantizers nor judges look."""
+    data, run, found = tmp_path / "data.txt", ("--run", tmp_path / "run"), []
+    for lines in (4, 9):
+        tiny.write_text(data, lines=lines)
+        found.append(run_line(tmp_path / str(lines), *SHOWN, "--calib", data, *run)[1])
+        solved = mopeq("map", tmp_path / str(lines), "--avg-bits", 3)
+        assert solved.code == 0 and found[-1][-1][:40] in solved.err
+    assert found[-1] == run_line(tmp_path / "alone", *SHOWN, "--calib", data)[1] != found[0]
+
+
+def test_a_map_is_solved_again_from_its_own_sensitivity(tmp_path: Path) -> None:
+    """Of two in one run directory, by different quantizers on the same data."""
+    run = ("--run", tmp_path / "run")
+    for method in ("rtn", "hqq"):
+        run_line(tmp_path / method, *SHOWN, "--method", method, "--avg-bits", "2.5", *run)
+    solved = json.loads(mopeq("map", tmp_path / "rtn", "--avg-bits", "2.7", "--json").out)
+    run_line(tmp_path / "alone", *SHOWN, "--method", "rtn", "--avg-bits", "2.7")
+    assert solved["digest"] == json.loads(mopeq("map", tmp_path / "alone", "--json").out)["digest"]
+
+
 def test_the_same_job_in_other_words_is_already_made(tmp_path: Path) -> None:
     folder, out = source("olmoe"), tmp_path / "out"
     assert mopeq("quantize", folder, "-o", out).code == 0

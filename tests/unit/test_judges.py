@@ -75,6 +75,13 @@ def test_who_need_no_fitting_judges_all(folder: Path, text: Path) -> None:
     assert found.judged_digest == found.digest and not rows(found.tries) & rows(found.batches)
 
 
+@pytest.mark.parametrize("judging", [True, False])
+def test_what_judges_do_not_need_is_tried_on(judging: bool, folder: Path, text: Path) -> None:
+    whole = count(calibrate_with(folder, load_config(folder), [text], 10**6, 0).batches)
+    found = shown(folder, text, 512, judging, 10**5)
+    assert count(found.tries) > whole - (1 + judging) * 512 - 256 and (not judging or count(found.judges) == 512)
+
+
 def test_of_too_little_data_the_fitted_judge_themselves(folder: Path, text: Path) -> None:
     whole = count(calibrate_with(folder, load_config(folder), [text], 10**6, 0).batches)
     all_of_it = shown(folder, text, whole, True, 1024)

@@ -29,6 +29,17 @@ def test_without_data(shape: dict[str, int], options: dict[str, Any], measured: 
     assert measured <= told <= 1.35 * measured
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "measured"),
+    [  # the same of an OLMoE by `fisher` and `gptq`, with nothing but tokens that is large
+        ({"experts": 4, "hidden": 1024, "inner": 16, "vocab": 320}, {}, 2.31),
+        ({"experts": 2, "hidden": 2048, "inner": 16, "vocab": 320}, {"calib_tokens": 24576, "bits": "2,3"}, 1.87),
+    ],
+)
+def test_many_tokens(shape: dict[str, int], options: dict[str, Any], measured: float) -> None:
+    assert measured <= layer_bytes(olmoe(**shape), Options(**options)) / GIB <= 1.35 * measured
+
+
 def test_a_model_is_loaded_from_mapped_files() -> None:
     """4.54 GiB were measured where a checkpoint with an embedding of 300,000 words was loaded, its files among them."""
     spec = olmoe(experts=8, hidden=1024, inner=64, vocab=300_000)

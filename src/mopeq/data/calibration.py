@@ -46,6 +46,11 @@ class Calibration:
         others = any(id(batch) not in own for batch in self.judges)
         return digest((*self.batches, *self.judges)) if others else self.digest
 
+    @cached_property
+    def tried_digest(self) -> str:
+        """Of what maps are tried on."""
+        return digest(self.tries or self.batches)
+
 
 def calibrate_with(
     folder: Path,
@@ -59,8 +64,9 @@ def calibrate_with(
     """About `tokens` tokens of calibration data. With text and pictures at hand, half the tokens are of each.
 
     If `judging`, as many tokens of further rows are the judges, else what is shown is; about `trying` tokens of yet
-    other rows are to try on. Where there is less, at most half of it is to try on, and what is shown judges too.
-    Without `paths` the built-in set is used, which is said in the notes. BadInput where the data is empty.
+    other rows are to try on. Where there is too little for both, half of it goes to each; where it runs out, what is
+    shown judges too. Without `paths` the built-in set is used, which is said in the notes. BadInput where the data is
+    empty.
     """
     processor = load_processor(folder)
     if paths:
@@ -106,12 +112,10 @@ def share(
 ) -> Share:
     """Of text or of pictures, `wanted` of `tokens` tokens and more: batches to show, judges, and those to try on."""
     own = front(rows, wanted)
-    trying = trying * wanted // tokens
-    more = front(rows, judging * count(own) + trying)
-    if count(more) < judging * count(own) + trying:
-        trying = min(trying, count(more) // 2)
-    tried = front(reversed(more), trying)[::-1]
-    others = front(iter(more[: len(more) - len(tried)]), judging * count(own))
+    trying, judged = trying * wanted // tokens, judging * count(own)
+    more = front(rows, judged + trying)
+    tried = front(reversed(more), min(trying, max(count(more) // 2, count(more) - judged)))[::-1]
+    others = front(iter(more[: len(more) - len(tried)]), judged)
     shown, missing = list(batched(own)), count(own) - count(others)
     fill = front(iter(shown), missing if missing > count(own) / 10 else 0)
     return shown, [*batched(others), *fill], list(batched(tried))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mopeq.checkpoint import check_has_config, find_folder, open_checkpoint
+from mopeq.checkpoint import check_has_config, find_folder, open_checkpoint, same_bytes
 from mopeq.data.benchmarks import kind_of
 from mopeq.data.encode import Batch, batches, model_inputs
 from mopeq.data.joining import joined
@@ -27,12 +27,14 @@ from mopeq.families.standard import read_spec
 from mopeq.harness.lm_eval import find_tasks, run_harness
 from mopeq.memory import SHARE, available_memory
 from mopeq.models import check_generates, check_reads_text, load_config, load_model, pick_device
-from mopeq.nouns import digest_of, parse_size
+from mopeq.nouns import FLOATS, digest_of, parse_size
 from mopeq.options import several
 from mopeq.packed import MANIFEST, check_if_sealed, content_digest, json_bytes, write_atomic
 from mopeq.progress import progress, say
 from mopeq.walk.parts import source_parts
 from mopeq.walk.walking import Walk
+
+SMALL = 1 << 20  # bytes of a tensor that is compared to see whether two checkpoints belong together
 
 
 def evaluate(
@@ -74,6 +76,8 @@ def evaluate(
         say("no --data given: measuring on mopeq's small built-in text, which calibration may have seen")
     check_if_sealed(folder)
     check_predicts(folder)
+    if source is not None and (differs := made_of_another(folder, source)) is not None:
+        say(f"note: {out} was not made from {against}: {differs} differs")
     processor = load_processor(folder)
     chosen = pick_device(device)
     packed = load_model(folder, torch.float32, chosen)
@@ -102,6 +106,22 @@ def evaluate(
         kept = {"rows": [vars(row) for row in measured.rows], "answers": records, "units": units, "rules": rules}
         save_beside(folder, result, kept)
     return result
+
+
+def made_of_another(folder: Path, source: Path) -> str | None:
+    """The first tensor that packing leaves as it is (routers, norms) whose shape differs, or whose bytes do where it is
+    small; None where there is none, or the folder is no packed one."""
+    if not (folder / MANIFEST).exists():
+        return None
+    mine, theirs = open_checkpoint(folder), open_checkpoint(source)
+    for name, tensor in mine.tensors.items():
+        other = theirs.tensors.get(name)
+        if other is None or tensor.dtype not in FLOATS:  # an empty tensor bears the name of stacked experts
+            continue
+        alike = other.dtype == tensor.dtype and tensor.nbytes <= SMALL
+        if other.shape != tensor.shape or (alike and not same_bytes(folder, tensor, source, other)):
+            return name
+    return None
 
 
 def check_predicts(folder: Path) -> None:

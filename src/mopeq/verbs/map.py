@@ -58,6 +58,7 @@ def solve_again(path: Path, avg_bits: float | None, fit: str | int | None) -> tu
     try:
         job = job_of(facts, avg_bits, fit)
         run = run or run_of(path, facts)
+        on = (facts.get("calibration") or {}).get("tried")
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise BadInput(f"{record} is damaged: {problem}", "copy or make the checkpoint again") from None
     sensitivity = None
@@ -65,7 +66,7 @@ def solve_again(path: Path, avg_bits: float | None, fit: str | int | None) -> tu
         sensitivity = saved_sensitivity(run, facts, job)
         if sensitivity is None:
             raise BadInput(f"{run.path} holds no {job.options.sensitivity} sensitivity", "quantize once with --run DIR")
-    map_, notes = decide(job, sensitivity, partial(tried, job, run, sensitivity, None))
+    map_, notes = decide(job, sensitivity, partial(tried, job, run, sensitivity, None, on))
     for note in notes:
         say(f"note: {note}")
     total = job.fixed + map_.nbytes(job.spec)
@@ -99,13 +100,14 @@ def run_of(out: Path, facts: dict[str, Any]) -> RunDir:
 
 
 def saved_sensitivity(run: RunDir, facts: dict[str, Any], job: Job) -> Sensitivity | None:
-    """The newest saved of the job's method, formats and matrices; where it shows data, of the checkpoint's data."""
+    """The one that the checkpoint's map was made from. Where that was none, the newest saved of the job's method,
+    formats and matrices, and where it shows data, of the checkpoint's data."""
     method, linears = job.options.sensitivity, [linear for linear, _ in job.spec.linears]
     data = (facts.get("calibration") or {}).get("sensed") if SENSORS[method].needs_data else None
     return next(
         (
             s
-            for s in saved_sensitivities(run.path)
+            for s in saved_sensitivities(run.path, facts.get("sense"))
             if s.method == method
             and s.formats == job.options.formats
             and list(s.linears) == linears
@@ -115,10 +117,11 @@ def saved_sensitivity(run: RunDir, facts: dict[str, Any], job: Job) -> Sensitivi
     )
 
 
-def saved_sensitivities(run: Path) -> Iterator[Sensitivity]:
-    """Newest first."""
+def saved_sensitivities(run: Path, digest: Any = None) -> Iterator[Sensitivity]:
+    """Newest first, or that of a digest alone."""
     for path in sorted((run / "sensitivity").glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True):
-        yield read_sensitivity(path)
+        if digest in (None, path.stem):
+            yield read_sensitivity(path)
 
 
 def job_of(facts: dict[str, Any], avg_bits: float | None, fit: str | int | None) -> Job:

@@ -229,7 +229,7 @@ def gather_senses(
     found = next(
         (
             s
-            for s in saved_sensitivities(run)
+            for s in saved_sensitivities(run, facts.get("sense"))
             if s.method == method and set(s.linears) == wanted and (data is None or s.data_digest == data)
         ),
         None,
@@ -393,8 +393,8 @@ def gather_run(run: Path, name: str) -> Subject:
         body = read_object(maps[-1])
         map_ = PrecisionMap.from_json(body, str(maps[-1]))
         widths, method = widths_of(map_), str(table(body, "made_from").get("sensitivity") or "")
-        found = (s for s in saved_sensitivities(run) if s.method == method and set(s.linears) == set(map_))
-        saved = next(found, None)
+        found = saved_sensitivities(run, table(body, "made_from").get("sense"))
+        saved = next((s for s in found if s.method == method and set(s.linears) == set(map_)), None)
         senses = None if saved is None else senses_of(saved, widths, says_of(method))
     else:
         missing["map"] = Missing("No map was chosen yet.", again)
