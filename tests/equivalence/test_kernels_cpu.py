@@ -246,7 +246,26 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @needs_library
-def test_threads_are_made_anew_after_a_fork() -> None:
+def test_torch_s_own_threads_are_used() -> None:
+    """Not threads that would take the cores from those which torch leaves waiting there."""
+    code = (
+        "import os, torch\n"
+        "from mopeq.kernels.build import library, openmp\n"
+        "from mopeq.verbs.layers import Shape, random_experts, random_routing\n"
+        "torch.set_num_threads(3)\n"
+        "torch.ones(1 << 20).exp()\n"  # wakes them
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "assert library()[0] is not None and openmp()\n"
+        "layer = random_experts(Shape(256, 512, 4, 2), (3,))\n"
+        "for _ in range(3): layer(torch.ones(1, 256), *random_routing(Shape(256, 512, 4, 2), 1, 0))\n"
+        "assert len(os.listdir('/proc/self/task')) == before\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], timeout=100, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@needs_library
+def test_after_a_fork_one_thread_does_it() -> None:
     assert subprocess.run([sys.executable, "-c", FORK], timeout=100).returncode == 0
 
 

@@ -9,9 +9,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +23,7 @@ ROUND = Path(__file__).with_name("round.c")
 GPTQ = Path(__file__).with_name("gptq.c")
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 BEST = 2  # the widest set of instructions that gptq.c knows
+OPENMP = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*$")
 SECONDS = 300  # after which a compiler is given up on
 
 
@@ -75,6 +78,17 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return None if lib is None else declared(lib), why
 
 
+def openmp() -> int:
+    """The address of GOMP_parallel in the OpenMP that torch has loaded; 0 where there is none."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    paths = {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6 and OPENMP.search(fields[5])}
+    for path in (None, *sorted(paths, key=lambda path: ("/torch" not in path, path))):  # first what was loaded for all
+        with suppress(OSError, AttributeError):
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value or 0
+    return 0
+
+
 @cache
 def rounding() -> ctypes.CDLL | None:
     """Rounding to nearest (round.c), or None: torch does the same."""
@@ -106,6 +120,9 @@ def declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.mopeq_experts.restype = size
     lib.mopeq_order.argtypes = (count, address, count, count, size, *numbers, *arrays, count)
     lib.mopeq_order.restype = None
+    lib.mopeq_use_threads.argtypes = (address,)
+    lib.mopeq_use_threads.restype = None
+    lib.mopeq_use_threads(openmp())
     return lib
 
 

@@ -353,60 +353,38 @@ static void work(void *call, float *scratch) {
     work_at(0, c->parts, c, scratch);
 }
 
-static pthread_mutex_t one_call = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, slept = PTHREAD_COND_INITIALIZER;
-static int helpers, wanted, busy; /* threads made; to take part in this call; still at it */
-static unsigned turn;
-static void (*job)(void *, float *);
-static void *given;
-static int64_t apart;
-static float *scratches;
-static int fork_watched;
+/* Threads are those of the OpenMP that torch has loaded. After each of torch's own operators they keep their cores busy
+   for a while, waiting for the next, so that threads of our own would have to take the cores from them. */
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+static Parallel parallel; /* GOMP_parallel, or NULL: one thread */
 
-static void *helper(void *number) {
-    int me = (int)(intptr_t)number;
-    unsigned seen = 0;
-    pthread_mutex_lock(&lock);
-    for (;;) {
-        while (turn == seen || me >= wanted) {
-            seen = turn;
-            pthread_cond_wait(&wake, &lock);
-        }
-        seen = turn;
-        pthread_mutex_unlock(&lock);
-        job(given, scratches + (me + 1) * apart);
-        pthread_mutex_lock(&lock);
-        if (--busy == 0) pthread_cond_signal(&slept);
-    }
-    return 0;
+typedef struct {
+    void (*work)(void *, float *);
+    void *of;
+    float *scratch;
+    int64_t floats; /* of scratch, for each */
+    atomic_int next;
+} Team;
+
+static void join_in(void *team) {
+    Team *t = team;
+    t->work(t->of, t->scratch + atomic_fetch_add(&t->next, 1) * t->floats);
 }
 
-static void after_fork(void) { /* threads do not survive a fork; they are made anew */
-    helpers = wanted = busy = 0;
-    pthread_mutex_init(&one_call, 0), pthread_mutex_init(&lock, 0);
-    pthread_cond_init(&wake, 0), pthread_cond_init(&slept, 0);
+static void after_fork(void) { parallel = 0; } /* its threads do not survive a fork, and it does not know */
+
+void mopeq_use_threads(Parallel of) {
+    if (of) pthread_atfork(0, 0, after_fork);
+    parallel = of;
 }
 
 /* `work` on as many threads, `floats` of scratch for each. */
 static void run(void (*work)(void *, float *), void *of, int threads, float *scratch, int64_t floats) {
-    pthread_mutex_lock(&one_call);
-    pthread_mutex_lock(&lock);
-    if (!fork_watched) fork_watched = 1, pthread_atfork(0, 0, after_fork);
-    while (helpers < threads - 1) {
-        pthread_t id;
-        if (pthread_create(&id, 0, helper, (void *)(intptr_t)helpers)) break;
-        pthread_detach(id);
-        helpers++;
-    }
-    job = work, given = of, scratches = scratch, apart = floats, turn++;
-    wanted = busy = threads - 1 < helpers ? threads - 1 : helpers;
-    if (busy) pthread_cond_broadcast(&wake);
-    pthread_mutex_unlock(&lock);
-    work(of, scratch);
-    pthread_mutex_lock(&lock);
-    while (busy) pthread_cond_wait(&slept, &lock);
-    pthread_mutex_unlock(&lock);
-    pthread_mutex_unlock(&one_call);
+    Team team = {work, of, scratch, floats, 0};
+    if (threads > 1 && parallel)
+        parallel(join_in, &team, (unsigned)threads, 0);
+    else
+        work(of, scratch);
 }
 
 /* ------------------------------------------------------------------------------------------- what Python calls */
