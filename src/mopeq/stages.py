@@ -462,8 +462,8 @@ def check_memory(job: Job) -> None:
     if need > limit:
         allows = "the machine has free" if o.memory_bytes is None else "--max-memory allows"
         what = f"{' and '.join(o.needs_data)} take" if o.needs_data else "one layer at a time, making it takes"
-        other = ", or --sensitivity hessian --method rtn, which take least" if o.needs_data else ""
-        raise BadInput(f"{what} {size_text(need)}, {allows} {size_text(limit)}", f"try --max-memory {need}{other}")
+        less = ", fewer --calib-tokens, or --sensitivity hessian --method rtn, which take least" if o.needs_data else ""
+        raise BadInput(f"{what} {size_text(need)}, {allows} {size_text(limit)}", f"try --max-memory {need}{less}")
 
 
 def check_weights(job: Job) -> None:
