@@ -506,8 +506,8 @@ def check_room(job: Job, run: RunDir, calibration: Calibration | None) -> None:
     )
     if need > free_bytes(run.path):
         raise BadInput(
-            f"sensing layer by layer keeps {size_text(need)} of quantized matrices for a while,"
-            f" {run.path} has {size_text(free_bytes(run.path))} free",
+            f"{run.path} has {size_text(free_bytes(run.path))} free; what sensing quantizes layer by layer takes"
+            f" {size_text(need)} for a while",
             "free some disk, choose a --run elsewhere, or give --max-memory room for the whole model",
         )
 
