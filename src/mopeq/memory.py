@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from mopeq.nouns import Format, MoELayer, MoESpec, PackedTensor
 from mopeq.quant import QUANTIZERS, moment_bytes
-from mopeq.sense import SENSORS
 
 if TYPE_CHECKING:
     from mopeq.options import Options
@@ -47,7 +46,7 @@ def shown_bytes(layers: list[MoELayer], options: Options) -> int:
     """What a sensor and a calibrated quantizer hold of some layers beside their weights: candidates (a byte a weight
     and format), moments."""
     candidates = moments = 0
-    if options.senses and SENSORS[options.sensitivity].by_method:
+    if options.tries_quantizers:
         candidates = len(options.formats) * sum(layer.params for layer in layers)
     if QUANTIZERS[options.method].needs_data:
         moments = sum(moment_bytes(layer, QUANTIZERS[options.method].needs_gradients) for layer in layers)

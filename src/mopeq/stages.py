@@ -496,14 +496,14 @@ def check_room(job: Job, run: RunDir, calibration: Calibration | None) -> None:
     o = job.options
     if skips_sense(job) or not o.judges or runs_whole(job):
         return
+    from mopeq.sense.quadratic import candidate_bytes
+
     digest = sense_digest(job, calibration)
     if run.load_sensitivity(digest) is not None:
         return
     kept = run.kept(digest)
     todo = [layer for layer in job.spec.layers if not kept.has(f"{CANDIDATES}{layer.layer}")]
-    need = sum(
-        layer.experts * fmt.nbytes(*shape) for layer in todo for shape in layer.shapes.values() for fmt in o.formats
-    )
+    need = candidate_bytes(todo, o.formats)
     if need > free_bytes(run.path):
         raise BadInput(
             f"{run.path} has {size_text(free_bytes(run.path))} free; what sensing quantizes layer by layer takes"
@@ -519,7 +519,7 @@ def sense(job: Job, run: RunDir, calibration: Calibration | None) -> Sensitivity
     """The sensitivity, from the run directory or made now."""
     o = job.options
     digest = sense_digest(job, calibration)
-    serves = CANDIDATES if job.options.tries_quantizers else ""  # for a trial of the map, and perhaps for quantizing
+    serves = CANDIDATES if o.tries_quantizers else ""  # for a trial of the map, and perhaps for quantizing
     if (saved := run.load_sensitivity(digest)) is not None:
         say(f"sense: {o.sensitivity} taken from {run.sensitivity_path(digest)}")
         run.kept(digest).drop(but=serves)  # of a run that was killed when it was saved
@@ -572,7 +572,7 @@ def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None
 
     o = job.options
     shown = calibration if SENSORS[o.sensitivity].needs_data else None
-    tries = shown is not None and job.options.tries_quantizers
+    tries = o.tries_quantizers
     return Scene(
         job.folder,
         job.spec,
@@ -702,7 +702,7 @@ def tried(
     matrices that sensing quantized; None where these are not at hand. Kept, since they may go once the layers are
     quantized."""
     o = job.options
-    if sensitivity is None or not job.options.tries_quantizers:
+    if sensitivity is None or not o.tries_quantizers:
         return None
     made_of = {"source": job.spec.digest, "data": sensitivity.data_digest, "method": sensed_as(o.method), "on": on}
     maps = {"map": map_.digest, "uniform": uniform.digest}
@@ -798,7 +798,7 @@ def quantize_layers(
     files = {layer.layer: run.layer_path(digest, layer.layer) for layer in job.spec.layers}
     if done := [file for file in files.values() if file.exists()]:
         say(f"quantize: {len(done)} of {len(files)} layers taken from {run.path}")
-    sensed = run.kept(sense_digest(job, calibration)) if job.options.tries_quantizers else Kept()
+    sensed = run.kept(sense_digest(job, calibration)) if o.tries_quantizers else Kept()
     if sensing_quantizes(job):
         take_from_sensing(job, sensed, map_, files)
     if o.ray:

@@ -461,7 +461,7 @@ def candidates(
         made |= {(layer.layer, p): ways for p, ways in found.items()}
         tokens_E, finite = (np.zeros(0), True) if moments is None else (moments.tokens_E.numpy(), moments.finite)
         del moments  # before what is kept is packed
-        spare = 2 * sum(candidate_bytes(scene, layer) for layer in scene.spec.layers)
+        spare = 2 * candidate_bytes(scene.spec.layers, scene.formats)
         if keeps and scene.kept.folder and (not walking.whole or scene.kept.room > spare):  # a walk must keep them
             packed = {(p, f): q.pack() for p, ways in found.items() for f, q in enumerate(ways)}
             arrays = {f"{p}.{f}.{k}": t.cpu().numpy() for (p, f), part in packed.items() for k, t in part.items()}
@@ -493,9 +493,11 @@ def every_way(
     return made
 
 
-def candidate_bytes(scene: Scene, layer: MoELayer) -> int:
-    """A layer's candidates as they are kept: packed."""
-    return layer.experts * sum(fmt.nbytes(*shape) for fmt in scene.formats for shape in layer.shapes.values())
+def candidate_bytes(layers: Sequence[MoELayer], formats: Sequence[Format]) -> int:
+    """Layers' candidates as they are kept: packed."""
+    return sum(
+        layer.experts * fmt.nbytes(*shape) for layer in layers for fmt in formats for shape in layer.shapes.values()
+    )
 
 
 def kept_candidates(scene: Scene, pairs: Sequence[tuple[MoELayer, Any]]) -> dict[tuple[int, str], list[QWeight]]:

@@ -41,21 +41,14 @@ class Shelf:
             self.written += 1
         return Ticket(place, tensor.shape, tensor.dtype, tensor.device)
 
-    def look(self, ticket: Ticket) -> Tensor:
-        """The tensor, which stays."""
-        if isinstance(ticket.held, Tensor):
-            return ticket.held
-        data = bytearray(ticket.held.read_bytes())
-        return torch.frombuffer(data, dtype=ticket.dtype).reshape(ticket.shape).to(ticket.device)
-
     def take(self, ticket: Ticket) -> Tensor:
         """The tensor, for good."""
-        tensor = self.look(ticket)
-        if isinstance(ticket.held, Path):
-            ticket.held.unlink()
-        else:
-            self.free += tensor.nbytes
-        return tensor
+        if isinstance(ticket.held, Tensor):
+            self.free += ticket.held.nbytes
+            return ticket.held
+        data = bytearray(ticket.held.read_bytes())
+        ticket.held.unlink()
+        return torch.frombuffer(data, dtype=ticket.dtype).reshape(ticket.shape).to(ticket.device)
 
 
 @contextmanager
