@@ -18,7 +18,7 @@ from mopeq.quant import compiled, descent, gptq, rtn
 from mopeq.quant.descent import Inputs, spread
 from mopeq.tensors import per_input
 
-SETS = {"torch": 0, "avx2": 1, "avx512": 2}
+SETS = {"torch": 0, "avx2": 1, "avx512": 2, "amx": 3}
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +257,10 @@ def test_compiled_is_torchs_but_for_ties(bits: int, path: str, monkeypatch: pyte
             wanted = solved(w, fmt, m)
         for ours, theirs in zip(found[:2], wanted[:2], strict=True):
             differ = (ours - theirs).abs() > 2e-3 * theirs.abs()
-            assert float(differ.float().mean()) < 0.05, (seed, fmt, out, n)
-        assert float((found[2].sum() / wanted[2].sum()).log().abs()) < 0.005, (seed, fmt, out, n)
+            if path != "amx":
+                assert float(differ.float().mean()) < 0.05, (seed, fmt, out, n)
+        limit = 0.02 if path == "amx" else 0.005  # many codes lie near ties: other codes, as good on the mean
+        assert float((found[2].sum() / wanted[2].sum()).log().abs()) < limit, (seed, fmt, out, n)
 
 
 def test_the_same_bits_by_any_vectors_and_threads() -> None:
@@ -281,6 +283,32 @@ def test_the_same_bits_by_any_vectors_and_threads() -> None:
             torch.set_num_threads(threads)
         for other in made[1:]:
             assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
+def test_amx_costs_what_others_do(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are of bf16 factors: other codes near ties, the same cost, and the same bits with any threads."""
+    if path != "amx":
+        pytest.skip("it is what is held against AVX-512")
+    threads, rng, ratios = torch.get_num_threads(), np.random.default_rng(), []
+    for out, n, group, bits in ((33, 128, 32, 2), (70, 300, 64, 3), (128, 200, 128, 4), (100, 411, 96, 2)):
+        fmt, seed = Format(bits, group), int(rng.integers(1 << 30))
+        w, m = weights((2, out, n), seed=seed), moments(2, n, seed=seed)
+        inputs = Inputs(m)
+        inputs.factors(group)  # BLAS's sums do depend on threads
+        assert compiled.in_half(m, fmt, out)
+        found = solved(w, fmt, m)
+        codes = gptq.quantize(w, fmt, moments=inputs).codes
+        try:
+            torch.set_num_threads(3)
+            assert torch.equal(gptq.quantize(w, fmt, moments=inputs).codes, codes)
+        finally:
+            torch.set_num_threads(threads)
+        use("avx512", monkeypatch)
+        wanted = solved(w, fmt, m)
+        use("amx", monkeypatch)
+        assert not torch.equal(found[0], wanted[0])  # it did run
+        ratios.append(float(found[2].sum() / wanted[2].sum()))
+    assert abs(float(np.mean(ratios)) - 1) < 0.01, ratios
 
 
 def test_widths_and_matrices_share_what_is_made_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
-PARTS = {SOURCE: (SOURCE.with_name("cpu_tile.h"),)}  # what a file includes from beside it
 ROUND = Path(__file__).with_name("round.c")
 GPTQ = Path(__file__).with_name("gptq.c")
+PRODUCT = Path(__file__).with_name("product.h")
+PARTS = {SOURCE: (SOURCE.with_name("cpu_tile.h"),), GPTQ: (PRODUCT,)}  # what a file includes from beside it
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
-BEST = 2  # the widest set of instructions that gptq.c knows
+BEST = 3  # the widest set of instructions that product.h knows
 OPENMP = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*$")
 SECONDS = 300  # after which a compiler is given up on
 
@@ -107,6 +108,7 @@ def feedback() -> ctypes.CDLL | None:
     if lib is None or not lib.mopeq_gptq_set(BEST):
         return None
     lib.mopeq_gptq.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    lib.mopeq_gptq_tiled.argtypes = (ctypes.c_int, ctypes.c_int64)
     return lib
 
 

@@ -4,21 +4,18 @@
    Matrices are [inputs, outputs]. Outputs do not know of each other, so each is a lane of its own: the order of a lane's
    sums is the same whatever the vectors' width, the tile or the number of threads, and so are the codes (additions of
    products are fused, which both sets of instructions can). For x86 with AVX2 or AVX-512; built at first use (build.py).
-   Elementwise loops are plain C that compilers turn into vectors. */
+   Elementwise loops are plain C that compilers turn into vectors.
+
+   Where there are AMX tiles, the two products that nearly all the work is (of the errors of all groups with mt's rows, and
+   with H's) take both factors in bf16 and sum in float32. A code then goes the other way where it lies as near to a tie
+   as the sum's rounding, some 0.2 % of it. */
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define EACH_LANE for (int l = 0; l < lanes; l++)
-#define UNROLL _Pragma("GCC unroll 8")
-#define WITH_AVX2 __attribute__((target("avx2,fma")))
-#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#include "product.h"
 
-enum { LANES = 64, FEW_LANES = 16, TRIED = 3, BLOCK = 16 }; /* of a tile; scales a group is rounded with; columns */
-enum { NONE, AVX2, AVX512 };
+enum { TRIED = 3, BLOCK = 16 }; /* scales a group is rounded with; columns */
 enum { DONE = 0, NO_MEMORY = 1 };
 
 /* Matrices, one after another in memory, and what is asked. `order` is where columns come in rounding; without it nothing
@@ -33,6 +30,7 @@ typedef struct {
     const float *mt, *v;       /* [experts, n, n], [experts, n] */
     const int64_t *order;      /* [experts, n] */
     const float *h;            /* [experts, n, n] */
+    const uint16_t *half;      /* mt (with `order`) or h in bf16 [experts, padded, padded + PAD], zeros beyond n; or none */
     float *level;              /* [experts, n, out] */
     float *scale, *zero;       /* [experts, groups, out] */
 } Job;
@@ -42,6 +40,18 @@ typedef struct {
     int64_t expert, first;
     int held;
 } Tile;
+
+/* An expert's rows of Job.half; `padded` is 0 where there are none. */
+typedef struct {
+    const uint16_t *rows;
+    int64_t padded, stride;
+} Half;
+
+static inline Half half_of(const Job *f, int64_t expert) {
+    if (!f->half) return (Half){0};
+    const int64_t padded = (f->n + 31) / 32 * 32, stride = padded + PAD;
+    return (Half){f->half + expert * padded * stride, padded, stride};
+}
 
 /* ---------------------------------------------------------------------------------------------------- lanes */
 
@@ -66,58 +76,20 @@ INLINE float stored_scale(float scale) {
 
 /* Rows of a matrix in memory <-> rows of a tile; lanes beyond the matrix are zeros. */
 INLINE void load(float *tile, const float *row, int held, int lanes) {
+    if (held == lanes) {
+        EACH_LANE tile[l] = row[l];
+        return;
+    }
     memcpy(tile, row, held * sizeof(float));
     for (int l = held; l < lanes; l++) tile[l] = 0;
 }
 
-INLINE void store(float *row, const float *tile, int held) { memcpy(row, tile, held * sizeof(float)); }
-
-/* name(...): c [rows, lanes] (+)= a [rows, n] b [n, lanes], rows of a `stride` apart; four rows of `most` vectors of
-   `size` lanes at a time stay in registers. Tiles have 64 lanes or 16. */
-#define PRODUCT(name, attribute, vec, size, most)                                                                     \
-    typedef float vec __attribute__((vector_size(4 * size), aligned(4), may_alias));                                  \
-    INLINE void name##_rows(int rows, int64_t n, const float *a, int64_t stride, const float *b, float *c, int lanes, \
-                            int width, int add) {                                                                     \
-        for (int at = 0; at < lanes; at += width * size) {                                                            \
-            vec sum[4][most];                                                                                         \
-            UNROLL for (int i = 0; i < rows; i++) {                                                                   \
-                UNROLL for (int v = 0; v < width; v++) {                                                              \
-                    sum[i][v] = add ? *(const vec *)(c + i * lanes + at + v * size) : (vec){0};                       \
-                }                                                                                                     \
-            }                                                                                                         \
-            for (int64_t k = 0; k < n; k++) {                                                                         \
-                const float *from = b + k * lanes + at;                                                               \
-                UNROLL for (int i = 0; i < rows; i++) {                                                               \
-                    const float factor = a[i * stride + k];                                                           \
-                    UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * *(const vec *)(from + v * size);     \
-                }                                                                                                     \
-            }                                                                                                         \
-            UNROLL for (int i = 0; i < rows; i++) {                                                                   \
-                UNROLL for (int v = 0; v < width; v++) *(vec *)(c + i * lanes + at + v * size) = sum[i][v];           \
-            }                                                                                                         \
-        }                                                                                                             \
-    }                                                                                                                 \
-    INLINE void name##_tile(int rows, int64_t n, const float *a, int64_t stride, const float *b, float *c, int lanes, \
-                            int add) {                                                                                \
-        const int width = lanes / size < most ? lanes / size : most;                                                  \
-        for (; rows >= 4; rows -= 4, a += 4 * stride, c += 4 * lanes)                                                 \
-            name##_rows(4, n, a, stride, b, c, lanes, width, add);                                                    \
-        for (; rows > 0; rows--, a += stride, c += lanes) name##_rows(1, n, a, stride, b, c, lanes, width, add);      \
-    }                                                                                                                 \
-    attribute static void name(int rows, int64_t n, const float *a, int64_t stride, const float *b, float *c,         \
-                               int lanes, int add) {                                                                  \
-        if (lanes == LANES)                                                                                           \
-            name##_tile(rows, n, a, stride, b, c, LANES, add);                                                        \
-        else                                                                                                          \
-            name##_tile(rows, n, a, stride, b, c, FEW_LANES, add);                                                    \
+INLINE void store(float *row, const float *tile, int held, int lanes) {
+    if (held == lanes) {
+        EACH_LANE row[l] = tile[l];
+        return;
     }
-
-PRODUCT(product_256, WITH_AVX2, vec8, 8, 2)
-PRODUCT(product_512, WITH_AVX512, vec16, 16, 4)
-
-INLINE void product(int rows, int64_t n, const float *a, int64_t stride, const float *b, float *c, int lanes, int set,
-                    int add) {
-    (set == AVX512 ? product_512 : product_256)(rows, n, a, stride, b, c, lanes, add);
+    memcpy(row, tile, held * sizeof(float));
 }
 
 /* --------------------------------------------------------------------------------------------------- ranges */
@@ -249,14 +221,19 @@ INLINE int feed_back(const Job *f, Tile t, int lanes, int set) {
     float *level = f->level + (w - f->w), *scale = f->scale + t.expert * groups * f->out + t.first;
     float *zero = f->zero + (scale - f->scale);
     const size_t part = (size_t)group * lanes, row = lanes * sizeof(float);
-    float *wrong = malloc((n + 2 * group) * row + 2 * TRIED * part * sizeof(float));
+    const Half half = half_of(f, t.expert);
+    float *wrong = malloc((n + 2 * group) * row + 2 * TRIED * part * sizeof(float) + half.padded * row / 2);
     if (!wrong) return NO_MEMORY;
     float *own = wrong + n * lanes, *target = own + part, *levels = target + part, *wrongs = levels + TRIED * part;
+    uint32_t *pairs = (uint32_t *)(wrongs + TRIED * part);
     for (int64_t start = 0; start < n; start += group) {
         const int columns = (int)(n - start < group ? n - start : group);
         for (int j = 0; j < columns; j++) load(own + j * lanes, w + order[start + j] * f->out, t.held, lanes);
         memcpy(target, own, columns * row);
-        product(columns, start, mt + start * n, n, wrong, target, lanes, set, 1);
+        if (half.padded)
+            product_amx(columns, start, half.rows + start * half.stride, half.stride, pairs, target, 1);
+        else
+            product(columns, start, mt + start * n, n, wrong, target, lanes, set, 1);
         float found[LANES], z[LANES], s[TRIED][LANES], cost[TRIED][LANES];
         searched_range(f, columns, target, v + start, found, z, lanes);
         for (int i = 0; i < TRIED; i++) {
@@ -277,11 +254,12 @@ INLINE int feed_back(const Job *f, Tile t, int lanes, int set) {
                 x[l] = best[l] == 0 ? x0[0] : best[l] == 1 ? x0[part] : x0[2 * part];
                 kept[l] = best[l] == 0 ? w0[0] : best[l] == 1 ? w0[part] : w0[2 * part];
             }
-            store(level + order[start + j] * f->out, x, t.held);
+            store(level + order[start + j] * f->out, x, t.held, lanes);
         }
+        if (half.padded) pair_rows(wrong + start * lanes, columns, pairs + start / 2 * LANES);
         const int64_t place = order[start] / group;
-        store(scale + place * f->out, found, t.held);
-        store(zero + place * f->out, z, t.held);
+        store(scale + place * f->out, found, t.held, lanes);
+        store(zero + place * f->out, z, t.held, lanes);
     }
     free(wrong);
     return DONE;
@@ -351,9 +329,11 @@ INLINE int descend(const Job *f, Tile t, int lanes, int set) {
     float *level = f->level + (w - f->w), *scale = f->scale + t.expert * groups * f->out + t.first;
     const float *zero = f->zero + (scale - f->scale);
     const size_t part = (size_t)group * lanes;
-    float *away = malloc((n * lanes + 3 * part) * sizeof(float));
+    const Half half = half_of(f, t.expert);
+    float *away = malloc((n * lanes + 3 * part + half.padded * lanes / 2) * sizeof(float));
     if (!away) return NO_MEMORY;
     float *x = away + n * lanes, *pull = x + part, *hx = pull + part, own[LANES], s[LANES], z[LANES];
+    uint32_t *pairs = (uint32_t *)(hx + part);
     for (int sweep = -1; sweep < f->sweeps; sweep++) { /* at first what is away is but put down */
         for (int64_t start = 0, g = 0; start < n; start += group, g++) {
             const int columns = (int)(n - start < group ? n - start : group);
@@ -363,17 +343,21 @@ INLINE int descend(const Job *f, Tile t, int lanes, int set) {
             for (int l = t.held; l < lanes; l++) s[l] = 1;
             for (int j = 0; j < columns; j++) load(x + j * lanes, level + (start + j) * f->out, t.held, lanes);
             if (sweep >= 0) {
-                product(columns, n, h + start * n, n, away, pull, lanes, set, 0);
+                if (half.padded)
+                    product_amx(columns, half.padded, half.rows + start * half.stride, half.stride, pairs, pull, 0);
+                else
+                    product(columns, n, h + start * n, n, away, pull, lanes, set, 0);
                 best_scale(columns, x, pull, square, n, s, hx, lanes, set);
                 move_codes(f, columns, x, pull, square, n, s, z, lanes, set);
                 best_scale(columns, x, pull, square, n, s, hx, lanes, set);
-                store(scale + g * f->out, s, t.held);
+                store(scale + g * f->out, s, t.held, lanes);
             }
             for (int j = 0; j < columns; j++) {
                 load(own, w + (start + j) * f->out, t.held, lanes);
                 EACH_LANE away[(start + j) * lanes + l] = x[j * lanes + l] * s[l] - own[l];
-                if (sweep >= 0) store(level + (start + j) * f->out, x + j * lanes, t.held);
+                if (sweep >= 0) store(level + (start + j) * f->out, x + j * lanes, t.held, lanes);
             }
+            if (half.padded) pair_rows(away + start * lanes, columns, pairs + start / 2 * LANES);
         }
     }
     free(away);
@@ -403,17 +387,23 @@ INLINE int tiles(const Job *f, int64_t first, int64_t step, int lanes, int set) 
 TILES(tiles_avx2, WITH_AVX2, AVX2)
 TILES(tiles_512, WITH_AVX512, AVX512)
 
+/* With f->half. */
+static int tiles_amx(const Job *f, int64_t first, int64_t step) {
+    begin_amx();
+    const int found = tiles_512(f, first, step);
+    end_amx();
+    return found;
+}
+
 static int in_use = NONE;
 
-/* Chooses at most this instruction set; returns what is used: 0 (nothing here can run), 1 AVX2, 2 AVX-512. */
-int mopeq_gptq_set(int most) {
-    const int wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                     __builtin_cpu_supports("avx512dq");
-    const int have = wide ? AVX512 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? AVX2 : NONE;
-    return in_use = most < have ? most : have;
-}
+/* Chooses at most this set of instructions (product.h) and returns it. AMX takes jobs that come with `half`. */
+int mopeq_gptq_set(int most) { return in_use = widest_set(most); }
+
+/* Whether a job of such groups and outputs should come with `half`. */
+int mopeq_gptq_tiled(int group, int64_t out) { return in_use == AMX && group % 32 == 0 && out > 2 * FEW_LANES; }
 
 /* Does a thread's share of a job: every step-th tile from the first. */
 int mopeq_gptq(const Job *f, int64_t first, int64_t step) {
-    return in_use == AVX512 ? tiles_512(f, first, step) : tiles_avx2(f, first, step);
+    return f->half ? tiles_amx(f, first, step) : in_use == AVX2 ? tiles_avx2(f, first, step) : tiles_512(f, first, step);
 }

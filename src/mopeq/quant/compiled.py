@@ -16,7 +16,9 @@ from mopeq.kernels.build import feedback
 from mopeq.nouns import Format
 
 SETTINGS = {"clips": 16, "neighbours": 4, "factors": 3}  # how many there may be of each
-TENSORS = ("w", "mt", "v", "order", "h", "level", "scale", "zero")
+TENSORS = ("w", "mt", "v", "order", "h", "half", "level", "scale", "zero")
+LEAST = 128  # inputs from which on bf16 copies for AMX pay
+PAD = 32  # columns beside them, as gptq.c has it
 
 
 class Job(ctypes.Structure):
@@ -51,7 +53,8 @@ def feed_back(
     job = Job(fmt.bits, fmt.scheme == "s", fmt.group_size, 0, len(clips), len(neighbours))
     for name, values in zip(SETTINGS, (clips, neighbours, factors), strict=True):
         getattr(job, name)[: len(values)] = values
-    run(job, {"w": w, "mt": mt, "v": v, "order": order, "level": level, "scale": scale, "zero": zero})
+    given = {"w": w, "mt": mt, "v": v, "order": order, "level": level, "scale": scale, "zero": zero}
+    run(job, given | in_half(mt, fmt, w.shape[2]))
     return level, scale, zero
 
 
@@ -61,8 +64,21 @@ def descend(
     """descent.descend."""
     level, scale = (t.clone(memory_format=torch.contiguous_format) for t in (level, scale))
     job = Job(fmt.bits, fmt.scheme == "s", fmt.group_size, sweeps)
-    run(job, {"w": w, "h": h, "level": level, "scale": scale, "zero": zero})
+    run(job, {"w": w, "h": h, "level": level, "scale": scale, "zero": zero} | in_half(h, fmt, w.shape[2]))
     return level, scale
+
+
+def in_half(rows_ECC: Tensor, fmt: Format, out: int) -> dict[str, Tensor]:
+    """`half` of a job: mt or h in bf16 with padding around, where AMX tiles can take it and are in use."""
+    lib = feedback()
+    assert lib is not None
+    experts, n, _ = rows_ECC.shape
+    if not lib.mopeq_gptq_tiled(fmt.group_size, out) or n < LEAST:
+        return {}
+    padded = -(-n // 32) * 32
+    half = torch.zeros(experts, padded, padded + PAD, dtype=torch.bfloat16)
+    half[:, :n, :n] = rows_ECC
+    return {"half": half}
 
 
 def run(job: Job, tensors: dict[str, Tensor]) -> None:
