@@ -20,8 +20,13 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("cpu.c")
 ROUND = Path(__file__).with_name("round.c")
 GPTQ = Path(__file__).with_name("gptq.c")
+FORMS = Path(__file__).with_name("forms.c")
 PRODUCT = Path(__file__).with_name("product.h")
-PARTS = {SOURCE: (SOURCE.with_name("cpu_tile.h"),), GPTQ: (PRODUCT,)}  # what a file includes from beside it
+PARTS = {
+    SOURCE: (SOURCE.with_name("cpu_tile.h"),),
+    GPTQ: (PRODUCT,),
+    FORMS: (PRODUCT,),
+}  # what a file includes from beside it
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 BEST = 3  # the widest set of instructions that product.h knows
 OPENMP = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*$")
@@ -101,14 +106,29 @@ def rounding() -> ctypes.CDLL | None:
     return lib
 
 
+def for_x86(file: Path) -> ctypes.CDLL | None:
+    lib, _ = compiled(file) if platform.machine() in ("x86_64", "AMD64") else (None, "")
+    return lib
+
+
 @cache
 def feedback() -> ctypes.CDLL | None:
     """Rounding with feedback and coordinate descent (gptq.c), or None: torch does the same, more slowly."""
-    lib, _ = compiled(GPTQ) if platform.machine() in ("x86_64", "AMD64") else (None, "")
+    lib = for_x86(GPTQ)
     if lib is None or not lib.mopeq_gptq_set(BEST):
         return None
     lib.mopeq_gptq.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     lib.mopeq_gptq_tiled.argtypes = (ctypes.c_int, ctypes.c_int64)
+    return lib
+
+
+@cache
+def forms() -> ctypes.CDLL | None:
+    """What candidates change in the loss (forms.c), or None: torch does the same, more slowly."""
+    lib = for_x86(FORMS)
+    if lib is None or not lib.mopeq_forms_set(BEST):
+        return None
+    lib.mopeq_forms.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     return lib
 
 

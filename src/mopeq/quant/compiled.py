@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from mopeq.kernels.build import feedback
+from mopeq.kernels.threads import share
 from mopeq.nouns import Format
 
 SETTINGS = {"clips": 16, "neighbours": 4, "factors": 3}  # how many there may be of each
@@ -89,11 +89,4 @@ def run(job: Job, tensors: dict[str, Tensor]) -> None:
     job.experts, job.n, job.out = tensors["w"].shape
     for name, t in tensors.items():
         setattr(job, name, t.data_ptr())
-    n = torch.get_num_threads()
-    if n == 1:
-        failed = lib.mopeq_gptq(ctypes.byref(job), 0, 1)
-    else:
-        with ThreadPoolExecutor(n) as pool:
-            failed = any(pool.map(lambda first: lib.mopeq_gptq(ctypes.byref(job), first, n), range(n)))
-    if failed:
-        raise MemoryError("no memory to quantize in")
+    share(lambda thread, threads: lib.mopeq_gptq(ctypes.byref(job), thread, threads))

@@ -33,6 +33,7 @@ from mopeq.quant import QUANTIZERS
 from mopeq.quant.descent import slices
 from mopeq.rundir import CANDIDATES, Kept
 from mopeq.seam import Seen, plain_forward, watch, weights
+from mopeq.sense.forms import loss_increases, output_errors
 from mopeq.sense.frequency import Counts, token_facts
 from mopeq.sense.labels import predicting, sampled_loss, skip_draws
 from mopeq.sense.moments import Adding, Moments
@@ -137,28 +138,6 @@ class Taker:
                 y.register_hook(partial(add_taken, found, take, keep))  # runs in the backward pass
 
         return plain_forward(module, x_TH, index_TK, weight_TK, see)
-
-
-def moved(candidates: list[QWeight], w_NC: Tensor, x_SC: Tensor) -> Tensor:
-    """dW x [S, F, out] of all candidates, by one product."""
-    away_FNC = torch.stack([q.dequantize() for q in candidates]).sub_(w_NC.float())
-    return (x_SC @ away_FNC.flatten(0, 1).T).unflatten(1, away_FNC.shape[:2])
-
-
-def output_errors(candidates: list[QWeight], w_NC: Tensor, x_SC: Tensor, weight_S: Tensor) -> Tensor:
-    """sum_t weight_t^2 |dW x_t|^2 of each candidate [F], in float64."""
-    error_SF = moved(candidates, w_NC, x_SC).square_().sum(-1)
-    return (error_SF * weight_S[:, None] ** 2).double().sum(0)
-
-
-def loss_increases(
-    candidates: list[QWeight], w_NC: Tensor, x_SC: Tensor, row_S: Tensor | None, rows: int, g_SN: Tensor
-) -> Tensor:
-    """1/2 sum (g^T dW x)^2 of each candidate [F], in float64: over tokens, or over the sums of rows where given."""
-    along_SF = moved(candidates, w_NC, x_SC).mul_(g_SN[:, None]).sum(-1).double()
-    if row_S is not None:
-        along_SF = along_SF.new_zeros(rows, along_SF.shape[1]).index_add_(0, row_S, along_SF)
-    return 0.5 * along_SF.square().sum(0)
 
 
 def add_taken(found_F: Tensor, take: Callable[[Tensor], Tensor], keep_S: Tensor, g_SN: Tensor) -> None:
