@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +295,20 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: Any, capsys: Any, tmp_path: Pa
     error, hint = refused(capsys, ["plan", "org/name"])
     assert "org/name" in error and "offline" in error and "and more" not in error and hint
     assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_while_modules_load_shows_no_traceback() -> None:
+    """Nothing is begun then; whoever imports typer first is told of it here."""
+    lines = (
+        "import builtins, os, signal\n"
+        "real = builtins.__import__\n"
+        "def told(name, *rest):\n"
+        "    if name == 'typer':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = told\n"
+        "from mopeq.__main__ import main\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT and ended.stderr == ""
