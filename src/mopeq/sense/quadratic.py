@@ -465,6 +465,8 @@ def every_way(
         inputs = {} if moments is None else moments.inputs(b)
         for p, w_ENC in matrices.items():
             w = w_ENC[b].float()
+            if moments is not None:  # such quantizers work on inputs x outputs: turned once for all formats
+                w = w.mT.contiguous().mT
             for found in made[p]:
                 with naming(layer, p, range(layer.experts)[b], w):
                     found[b] = quantize(w, found.format, moments=inputs.get(p), seed=scene.seed)
