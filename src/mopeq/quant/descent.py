@@ -74,7 +74,7 @@ def factored(moments_ECC: Tensor, group_size: int) -> Factors:
     order = column_order(h.diagonal(dim1=-2, dim2=-1), group_size)
     while True:
         damp = damped(h, damping_E)
-        ordered = take(take(damp, order).mT, order)
+        ordered = torch.stack([h_CC.index_select(0, i).index_select(1, i) for h_CC, i in zip(damp, order, strict=True)])
         # the lower factor from the last column to the first is an upper factor from the first to the last
         lower, info_E = torch.linalg.cholesky_ex(ordered.flip(-1, -2))
         if not bool(info_E.any()):
