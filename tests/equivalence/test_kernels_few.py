@@ -18,11 +18,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are importe
 if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.experimental.gluon") is None:
     pytest.skip("Triton's Gluon is not installed", allow_module_level=True)
 
-from mopeq.kernels import few, hopper
+from mopeq.kernels import choice, few, hopper
 from mopeq.kernels import triton as ours
 from mopeq.kernels.choice import choose_linear
 from mopeq.nouns import Format
-from mopeq.plugins.matrices import PackedLinear
+from mopeq.plugins.matrices import Joined, PackedLinear
 from mopeq.quant.rtn import quantize
 from mopeq.verbs.layers import Shape, random_experts, random_routing
 
@@ -33,10 +33,10 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from mopeq.kernels.few_kernels import few
 
-chip, out, inputs, words, widths, split, halves, pairs, scan, last = (int(part) for part in sys.argv[1:])
+chip, out, inputs, words, widths, split, halves, pairs, scan, last, *more = (int(part) for part in sys.argv[1:])
 given = dict(P=0, CHOICES=1 if last else 2, E=1 if last else 8, N=out, K=inputs, W=words, GROUP=32, UNIFORM=False,
              WIDTHS=widths, SPLIT=split, HALVES=halves, BM=pairs, SCAN=scan, STAGES=2, LAST=bool(last),
-             EARLY=chip >= 90, WAIT=chip >= 90, FIRST=scan == 0 and chip >= 90)
+             MORE=tuple(more), EARLY=chip >= 90, WAIT=chip >= 90, FIRST=scan == 0 and chip >= 90)
 kinds = dict(x="*bf16", y="*fp32", table="*i64", words="*i16", bytes="*u8", halves="*fp16", ids="*i64", pairs="i32",
              sorted_pairs="*i32", tile_expert="*i32", tile_start="*i32", tile_end="*i32", out="*bf16", arrived="*i32")
 names = few.arg_names
@@ -57,6 +57,7 @@ assert "mma.sync.aligned.m16n8k16" in text and "cp.async.cg.shared.global" in te
         (90, 768, 2048, 32, 1 << 2 | 1 << 3 | 1 << 4, 1, 2, 8, 0, 0),
         (80, 100, 104, 16, 1 << 3 | 1 << 8, 2, 1, 8, 64, 0),
         (90, 576, 2560, 32, 1 << 4, 8, 1, 16, -1, 1),
+        (90, 6144, 2560, 32, 1 << 4, 5, 1, 8, -1, 1, 576, 40),
     ],
 )
 def test_it_compiles(sizes: tuple[int, ...]) -> None:
@@ -78,7 +79,9 @@ class Followed:
             assert len(given) == len(args) + len(kwargs) and set(given) == set(self.names)
             self.calls += 1
             blocks, tiles, parts = grid
-            assert blocks == -(-given["N"] // (64 * given["HALVES"]))
+            rows = [given["N"], *given["MORE"]]
+            assert blocks == sum(-(-n // (64 * given["HALVES"])) for n in rows)
+            ends = [sum(rows[: i + 1]) for i in range(len(rows))]
             for t in range(tiles):
                 e, chosen = self.tile(given, t)
                 x = given["x"][chosen // given["CHOICES"]].double()
@@ -86,12 +89,14 @@ class Followed:
                     side, part = divmod(z, given["SPLIT"])
                     k, split = given["K"], given["SPLIT"]
                     mine = slice(part * k // split, (part + 1) * k // split)
-                    w = self.matrices[given["P"] + side](e) if len(chosen) else x.new_zeros(given["N"], k)
-                    made = x[:, mine] @ w[:, mine].T
-                    if given["LAST"]:
-                        given["out"][chosen] = (made + (given["out"][chosen] if part else 0)).to(given["out"].dtype)
-                    else:
-                        given["y"].view(parts, -1, given["N"])[z, chosen] = made.to(given["y"].dtype)
+                    for i, (n, end) in enumerate(zip(rows, ends, strict=True)):
+                        w = self.matrices[given["P"] + side + i](e) if len(chosen) else x.new_zeros(n, k)
+                        made, to = x[:, mine] @ w[:, mine].T, slice(end - n, end)
+                        if given["LAST"]:
+                            before = given["out"][chosen, to] if part else 0
+                            given["out"][chosen, to] = (made + before).to(given["out"].dtype)
+                        else:
+                            given["y"].view(parts, -1, ends[-1])[z, chosen, to] = made.to(given["y"].dtype)
 
         return call
 
@@ -154,6 +159,26 @@ def test_what_a_matrix_is_given(tokens: int, on_cpu: Any, monkeypatch: Any) -> N
     found = ours.linear(matrix, x)
     assert followed.calls == (tokens > 0) and found.shape == (tokens, 80) and found.dtype == torch.float16
     assert tokens == 0 or distance(found, x.double() @ w.T) < 2e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_what_joined_matrices_are_given(tokens: int, on_cpu: Any, monkeypatch: Any) -> None:
+    fmt, made = Format(4, 32), []
+    for out in (80, 16, 48):
+        with torch.device("meta"):
+            matrix = PackedLinear(fmt, torch.nn.Linear(512, out, bias=False))
+        for name, value in quantize(torch.randn(out, 512), fmt).pack().items():
+            setattr(matrix, name, torch.nn.Parameter(value, requires_grad=False))
+        matrix.seal()
+        made.append(matrix)
+    x = torch.randn(tokens, 512).half()
+    truth = [matrix.rows(slice(None), torch.float64) for matrix in made]
+    followed = on_cpu({i: lambda e, w=w: w for i, w in enumerate(truth)})  # type: ignore[misc]
+    monkeypatch.setattr(choice, "choose_linear", lambda matrix, x: "triton")
+    joint = Joined(made)
+    found = choice.joined(joint, x).split(joint.sizes, -1)
+    assert followed.calls == 1
+    assert all(distance(y, x.double() @ w.T) < 2e-3 for y, w in zip(found, truth, strict=True))
 
 
 def test_which_matrices_are_refused(on_cpu: Any, monkeypatch: Any) -> None:

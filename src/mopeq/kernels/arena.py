@@ -162,6 +162,22 @@ def of_matrix(matrix: Any, data: Tensor | None = None) -> Arena:
     return Arena(data, table, {"down": lay}, formats)
 
 
+def joined(arenas: list[Arena]) -> tuple[Arena, list[Tensor]]:
+    """Lone matrices' arenas (tables on the CPU) as one, whose first matrix is `down`; and the bytes of each in it."""
+    names = ["down", *(f"down {at}" for at in range(1, len(arenas)))]
+    tables, end = [], 0
+    for a in arenas:
+        bits = int(a.table[0, 0, COLUMNS.index("bits")])
+        units = torch.tensor([2, max(1, SECOND[bits]), 2, 1])
+        tables.append(a.table.clone())
+        tables[-1][0, 0, :4] += end // units
+        end += len(a.data)
+    data = torch.cat([a.data for a in arenas])
+    lay_of = {name: a.layouts["down"] for name, a in zip(names, arenas, strict=True)}
+    formats = {name: a.formats["down"] for name, a in zip(names, arenas, strict=True)}
+    return Arena(data, torch.cat(tables), lay_of, formats), list(data.split([len(a.data) for a in arenas]))
+
+
 def build(experts: Any) -> Arena:
     """The arena of a filled `QuantizedExperts`, on its device, a few experts unpacked at a time."""
     formats, lay_of = {p: experts.formats[p] for p in experts.projections}, layouts(experts)

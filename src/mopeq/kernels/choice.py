@@ -64,3 +64,16 @@ def choose_linear(matrix: Any, x: Tensor) -> str:
         return "torch"
     few = x.numel() <= cpu.few() * matrix.in_features
     return "cpu" if few and not cpu.refuses([matrix.format], x) else "torch"
+
+
+def joins(matrices: Any, x: Tensor) -> bool:
+    """Whether a Joined's matrices are multiplied with x at once."""
+    few = x.is_cuda and x.numel() <= triton.FEW * x.shape[-1]
+    return few and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def joined(matrices: Any, x: Tensor) -> Tensor:
+    """x [..., in] times the transposes of a Joined's matrices -> [..., out], one's outputs behind another's."""
+    if all(choose_linear(m, x) == "triton" for m in matrices.members) and matrices.arena() is not None:
+        return triton.joined(matrices, x)
+    return torch.cat([linear(m, x) for m in matrices.members], -1)

@@ -23,15 +23,14 @@ PROGRAMS = 528  # about as many as a GPU runs at a time
 
 @dataclass(frozen=True)
 class Cut:
-    """How a call is cut: pairs a tile, 64 rows a program or twice that and programs sharing a reduction (of gate and
-    up; of down), pipeline stages (of 8 slots; of tiles of 4 twice as many), and registers a thread may take."""
+    """How a call is cut. Pairs are of gate and up; of down."""
 
     scan: int  # pairs every program scans, a power of two; 0: they are sorted first
-    pairs: int
-    halves: tuple[int, int]
-    split: tuple[int, int]
-    stages: int
-    registers: int
+    pairs: int  # a tile
+    halves: tuple[int, int]  # 64 rows a program, or twice that
+    split: tuple[int, int]  # programs sharing a reduction
+    stages: int  # of the pipeline, of tiles of 8 slots; of 4 twice as many
+    registers: int  # a thread may take
 
 
 def cut(pairs: int, experts: int, shapes: dict[str, tuple[int, int]]) -> Cut:
@@ -39,12 +38,14 @@ def cut(pairs: int, experts: int, shapes: dict[str, tuple[int, int]]) -> Cut:
     scan = max(8, 1 << (pairs - 1).bit_length()) if pairs <= 64 else 0
     if pairs > MOST_OF_8 * experts:
         return Cut(scan, 16, (1, 1), (1, 1), 2, 168)
-    if pairs <= 16:  # few programs, each of few inputs
-        (n, _), (_, k) = shapes["up"], shapes["down"]
-        top = (2, 4) if (len(shapes) - 1) * pairs * 4 * -(-n // 128) <= PROGRAMS else (1, 2)
-        down = (2, 1) if k <= 768 else (1, 2)
-        return Cut(scan, 8, (top[0], down[0]), (top[1], down[1]), 2, 128)
-    return Cut(scan, 8, (2, 2), (1, 1), 2, 128)
+    if pairs > 16:
+        return Cut(scan, 8, (2, 2), (1, 1), 2, 128)
+    # few programs, each of few inputs: as many as leave room for those of the next kernel, which wait for them
+    (n, _), (hidden, k) = shapes["up"], shapes["down"]
+    split = min(4, max(2, PROGRAMS // ((len(shapes) - 1) * pairs * -(-n // 128))))
+    if k <= 768:
+        return Cut(scan, 8, (2, 2), (split, 1), 2, 128)
+    return Cut(scan, 8, (2, 1 if 2 * pairs * -(-hidden // 64) <= PROGRAMS else 2), (split, 2), 2, 128)
 
 
 @cache
@@ -70,29 +71,37 @@ def product(
 
 
 def linear(layer: Layer, x: Tensor, y: Tensor, arrived: Tensor, **rest: Any) -> None:
-    """y [T, N] = x [T, K] times the transpose of the only matrix; `arrived`: zeros, one for 64 rows by 8 tokens."""
+    """y [T, N] = x [T, K] times the transpose of the only matrix, or of each of those that the arena has joined, one's
+    outputs behind another's; `arrived`: zeros, one for 64 rows by 8 tokens."""
     tokens, n = y.shape
     tile = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-    tiles, blocks = -(-tokens // tile), -(-n // 64)
+    tiles, blocks = -(-tokens // tile), sum(-(-size // 64) for size in outputs(layer))
     steps = -(-x.shape[1] // 256)
     split = max(1, min(8, steps, PROGRAMS // (blocks * tiles)))
     cut = Cut(-1, tile, (1, 1), (split, split), 2, 128 if tile == 8 else 168)
     parts = torch.empty(1, split, tokens, n, device=x.device) if split > 1 else y[None, None]
-    launch(cut, x, parts, layer, "down", tiles, arrived, [arrived] * 4, y, arrived, LAST=True, **rest)
+    joined = outputs(layer)[1:]
+    launch(cut, x, parts, layer, "down", tiles, arrived, [arrived] * 4, y, arrived, joined, LAST=True, **rest)
+
+
+def outputs(layer: Layer) -> tuple[int, ...]:
+    """The outputs of each matrix of a layer."""
+    return tuple(lay.out_features for lay in layer.arena.layouts.values())
 
 
 def launch(
     cut: Cut, x: Tensor, y: Tensor, layer: Layer, p: str, tiles: int, ids: Tensor, routed: list[Tensor], out: Tensor,
-    arrived: Tensor, FIRST: bool = False, **rest: Any,
+    arrived: Tensor, more: tuple[int, ...] = (), FIRST: bool = False, **rest: Any,
 ) -> None:  # fmt: skip
     from mopeq.kernels.few_kernels import few
 
-    made, (sides, split, pairs, n), halves = layer.arena, y.shape, cut.halves[p == "down"]
+    made, (sides, split, pairs, _), halves = layer.arena, y.shape, cut.halves[p == "down"]
     lay, experts = made.layouts[p], made.table.shape[1]
-    few[(-(-n // (64 * halves)), tiles, sides * split)](
+    blocks = sum(-(-size // (64 * halves)) for size in (lay.out_features, *more))
+    few[(blocks, tiles, sides * split)](
         x, y, made.table, layer.words, made.data, layer.halves, ids, pairs, *routed, out, arrived,
-        P=len(made.layouts) - 1 if p == "down" else 0, CHOICES=pairs // len(x), E=experts, N=n, K=lay.in_features,
-        W=lay.words, GROUP=lay.group, UNIFORM=layer.uniform[p], WIDTHS=layer.widths[p], SPLIT=split,
-        HALVES=halves, BM=cut.pairs, SCAN=cut.scan, STAGES=cut.stages, FIRST=FIRST, num_warps=4,
-        maxnreg=cut.registers, **rest,
+        P=list(made.layouts).index("down") if p == "down" else 0, CHOICES=pairs // len(x), E=experts,
+        N=lay.out_features, MORE=more, K=lay.in_features, W=lay.words, GROUP=lay.group, UNIFORM=layer.uniform[p],
+        WIDTHS=layer.widths[p], SPLIT=split, HALVES=halves, BM=cut.pairs, SCAN=cut.scan, STAGES=cut.stages,
+        FIRST=FIRST, num_warps=4, maxnreg=cut.registers, **rest,
     )  # fmt: skip

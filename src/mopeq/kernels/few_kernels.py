@@ -11,6 +11,7 @@ a reduction; the next kernel adds their parts in their order, or (LAST) the last
 
 from __future__ import annotations
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
@@ -21,6 +22,24 @@ from mopeq.kernels.triton_kernels import left_at, unpack_asm
 
 # right by 8 bits: of two shifts in a row the assembler would make one, and keep the word for it in more registers
 BYTE = gl.constexpr("prmt.b32 $0, $1, 0, 0x4321;")
+
+
+@triton.constexpr_function
+def sizes(first, more):
+    """The different numbers of outputs of a launch's matrices."""
+    return tuple(sorted({first, *more}))
+
+
+@triton.constexpr_function
+def rows_before(first, more, i):
+    """The outputs of the matrices before i."""
+    return sum((first, *more)[:i])
+
+
+@triton.constexpr_function
+def blocks_before(first, more, i, size):
+    """The programs, of `size` rows each, before those of matrix i."""
+    return sum(-(-n // size) for n in (first, *more)[:i])
 
 
 @gluon.jit
@@ -272,10 +291,11 @@ def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert
         arrived, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
         W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, WIDTHS: gl.constexpr, SPLIT: gl.constexpr,
         HALVES: gl.constexpr, BM: gl.constexpr, SCAN: gl.constexpr, STAGES: gl.constexpr, LAST: gl.constexpr,
-        EARLY: gl.constexpr, WAIT: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
+        MORE: gl.constexpr, EARLY: gl.constexpr, WAIT: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
     """y[z, pair] = part z % SPLIT of matrix P + z // SPLIT of x[pair // CHOICES], without bias; z: the program's.
 
-    LAST, for one matrix: out[pair] = the sum of the parts; `arrived` counts programs, and is 0 again afterwards.
+    LAST, for one matrix: out[pair] = the sum of the parts; `arrived` counts programs, and is 0 again afterwards. There
+    it may be followed in the table by others with MORE outputs each, whose products come behind its own in y and out.
     """
     if WAIT and FIRST:  # the tiles come from the kernel before; those after rely on them without waiting
         gdc_wait()
@@ -285,9 +305,21 @@ def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert
     if e >= 0:
         MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
         COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
+        SIZES: gl.constexpr = sizes(N, MORE)
+        ALL: gl.constexpr = rows_before(N, MORE, len(MORE) + 1)
         z = gl.program_id(2)
-        n0 = gl.program_id(0) * (64 * HALVES)
-        row = table + ((P + z // SPLIT) * E + e) * 6
+        n0 = gl.program_id(0) * (64 * HALVES)  # its first row
+        n_end = N  # of its matrix
+        column_0 = 0  # where the matrix' outputs begin
+        which = P + z // SPLIT
+        for i in gl.static_range(len(MORE)):
+            begin = blocks_before(N, MORE, i + 1, 64 * HALVES)
+            if gl.program_id(0) >= begin:
+                n0 = (gl.program_id(0) - begin) * (64 * HALVES)
+                n_end = MORE[i]
+                column_0 = rows_before(N, MORE, i + 1)
+                which = i + 1
+        row = table + (which * E + e) * 6
         bits = gl.load(row + 4)
         place = (gl.multiple_of(gl.load(row), 8), gl.multiple_of(gl.load(row + 1), 8),
                  gl.multiple_of(gl.load(row + 2), 8), gl.multiple_of(gl.load(row + 3), 16),
@@ -300,29 +332,36 @@ def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert
         for B in gl.static_range(2, 9):
             if (WIDTHS >> B) & 1:  # noqa: SIM102
                 if bits == B:  # not known when this is compiled: no `and`
-                    acc, acc_2 = product_of(place, part, words, bytes, halves, n0, x, x_row, B, N, K, W, GROUP,
-                                            UNIFORM, SPLIT, HALVES, BM, STAGES if B <= 3 else 2 * STAGES, MMA,
-                                            WAIT)  # fmt: skip
+                    if len(SIZES) == 1:
+                        acc, acc_2 = product_of(place, part, words, bytes, halves, n0, x, x_row, B, N, K, W, GROUP,
+                                                UNIFORM, SPLIT, HALVES, BM, STAGES if B <= 3 else 2 * STAGES, MMA,
+                                                WAIT)  # fmt: skip
+                    else:
+                        for i in gl.static_range(len(SIZES)):
+                            if n_end == SIZES[i]:
+                                acc, acc_2 = product_of(place, part, words, bytes, halves, n0, x, x_row, B,
+                                                        SIZES[i], K, W, GROUP, UNIFORM, SPLIT, HALVES, BM,
+                                                        STAGES if B <= 3 else 2 * STAGES, MMA, WAIT)  # fmt: skip
         n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
         column = gl.convert_layout(pair, COLUMNS).to(gl.int64)
         there = gl.convert_layout(ok, COLUMNS)[None, :] > 0
-        at = column[None, :] * N + n[:, None]
-        mask = there & (n < N)[:, None]
-        to = y + z.to(gl.int64) * pairs * N + at
+        at = column[None, :] * ALL + (column_0 + n)[:, None]
+        mask = there & (n < n_end)[:, None]
+        to = y + z.to(gl.int64) * pairs * ALL + at
         if LAST and SPLIT == 1:
             to = out + at
         gl.store(to, acc.to(to.dtype.element_ty), mask=mask)
         if HALVES == 2:
-            gl.store(to + 64, acc_2.to(to.dtype.element_ty), mask=there & (n + 64 < N)[:, None])
+            gl.store(to + 64, acc_2.to(to.dtype.element_ty), mask=there & (n + 64 < n_end)[:, None])
         if LAST and SPLIT > 1:
             barrier()  # so that one thread's release is every thread's
             counter = arrived + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
             if gl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
                 gl.store(counter, 0)
                 for half in gl.static_range(HALVES):
-                    mask = there & (n + 64 * half < N)[:, None]
+                    mask = there & (n + 64 * half < n_end)[:, None]
                     total = gl.zeros([64, BM], gl.float32, MMA)
                     for s in gl.static_range(SPLIT):
-                        total += gl.load(y + s * pairs.to(gl.int64) * N + at + 64 * half, mask=mask, other=0.0,
+                        total += gl.load(y + s * pairs.to(gl.int64) * ALL + at + 64 * half, mask=mask, other=0.0,
                                          cache_modifier=".cg")  # fmt: skip
                     gl.store(out + at + 64 * half, total.to(out.dtype.element_ty), mask=mask)

@@ -20,6 +20,7 @@ from torch.nn.functional import gelu, silu
 
 from mopeq.kernels import arena, few, hopper
 from mopeq.kernels.arena import Arena
+from mopeq.nouns import Format
 from mopeq.seam import activate
 
 SCAN_PAIRS = 64  # up to here each program finds its tile's pairs itself; above, they are sorted first
@@ -206,25 +207,43 @@ def refuses_linear(matrix: Any, x: Tensor) -> str:
 
 def linear(matrix: Any, x: Tensor) -> Tensor:
     """x [..., in] times the transpose of a PackedMatrix -> [..., out]."""
-    layer = matrix.__dict__.get("_triton_layer")
-    if layer is None or layer.arena.data is not matrix._buffers.get("arena_data"):
-        made, fmt = matrix.arena(), matrix.format
-        made = replace(made, table=made.table.to(x.device))
-        views = made.data.view(torch.int16), made.data.view(torch.float16)
-        layer = Layer(made, UNKNOWN, *views, {"down": 1 << arena.STORED[fmt.bits]}, {"down": True})
-        matrix.__dict__["_triton_layer"] = layer
-        blocks = -(-matrix.out_features // 64) * (FEW // 8)
-        matrix.__dict__["_arrived"] = torch.zeros(blocks, dtype=torch.int32, device=x.device)
-    rows = x.reshape(-1, matrix.in_features).contiguous()
-    y = x.new_empty(len(rows), matrix.out_features)
+    kept = matrix.__dict__.get("_triton_layer")
+    if kept is None or kept[0].arena.data is not matrix._buffers.get("arena_data"):
+        kept = matrix.__dict__["_triton_layer"] = layer_of_matrices(matrix.arena(), matrix.format, x.device)
+    return by_matrices(kept, x)
+
+
+def joined(matrices: Any, x: Tensor) -> Tensor:
+    """The same by each matrix of a Joined whose arena is whole, one's outputs behind another's: few tokens only."""
+    made, kept = matrices.arena(), matrices.__dict__.get("_triton_layer")
+    if kept is None or kept[0].arena.data is not made.data:
+        kept = matrices.__dict__["_triton_layer"] = layer_of_matrices(made, matrices.members[0].format, x.device)
+    return by_matrices(kept, x)
+
+
+def layer_of_matrices(made: Arena, fmt: Format, device: torch.device) -> tuple[Layer, Tensor]:
+    """What launches need of matrices that stand alone, all of one format; and zeros for `few.linear` to count in."""
+    made = replace(made, table=made.table.to(device))
+    views = made.data.view(torch.int16), made.data.view(torch.float16)
+    layer = Layer(made, UNKNOWN, *views, {"down": 1 << arena.STORED[fmt.bits]}, {"down": True})
+    blocks = sum(-(-size // 64) for size in few.outputs(layer)) * (FEW // 8)
+    return layer, torch.zeros(blocks, dtype=torch.int32, device=device)
+
+
+def by_matrices(kept: tuple[Layer, Tensor], x: Tensor) -> Tensor:
+    """x [..., in] times the transposes of a layer's matrices -> [..., all their outputs]."""
+    layer, arrived = kept
+    sizes = few.outputs(layer)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = x.new_empty(len(rows), sum(sizes))
     if len(rows):
         with on(x):
             if len(rows) > FEW:
                 hopper.linear(layer, rows, y)
             else:
                 early = following(rows)
-                few.linear(layer, rows, y, matrix.__dict__["_arrived"], WAIT=early["EARLY"], **early)
-    return y.view(*x.shape[:-1], matrix.out_features)
+                few.linear(layer, rows, y, arrived, WAIT=early["EARLY"], **early)
+    return y.view(*x.shape[:-1], sum(sizes))
 
 
 def on(x: Tensor) -> AbstractContextManager[Any]:

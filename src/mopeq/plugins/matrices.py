@@ -1,5 +1,9 @@
 """Matrices outside the routed experts that stay packed in memory (`--other-bits` 4 or 8): a linear layer, an embedding,
-and an output head that shares its matrix with one."""
+and an output head that shares its matrix with one.
+
+At one token a GPU's launch takes as long as the reading of a small matrix. So linear layers that are given the same
+activations, as queries, keys and values are, are multiplied in one launch (`Joined`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mopeq.kernels import tiles
-from mopeq.kernels.choice import linear
+from mopeq.kernels.choice import joined, joins, linear
 from mopeq.nouns import Format
 from mopeq.plugins.held import HELD, TORCH, Numbered, as_bits, check_stored, numbered, untouched
 from mopeq.tensors import QWeight, unpack_bits, unpack_some
@@ -26,6 +30,17 @@ def opaque(x: Tensor, number: int, out_features: int) -> Tensor:
 
 
 @opaque.register_fake
+def _(x: Tensor, number: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("mopeq::joined", mutates_args=())
+def opaque_joined(x: Tensor, number: int, out_features: int) -> Tensor:
+    """The products with all matrices of a Joined, of which `number` is the first, one's outputs behind another's."""
+    return joined(numbered(number).joined, x)
+
+
+@opaque_joined.register_fake
 def _(x: Tensor, number: int, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -55,6 +70,11 @@ class PackedMatrix(Numbered):
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+    @property
+    def place(self) -> torch.device:
+        """Where the packed tensors are."""
+        return next(t for name, t in self._buffers.items() if name != "like_" and t is not None).device
 
     @property
     def weight(self) -> Tensor:
@@ -154,7 +174,7 @@ class PackedMatrix(Numbered):
         return list(self.format.shapes(self.out_features, self.in_features)) if self.sealed else []
 
     def take_back(self, read: Callable[[str], Tensor]) -> None:
-        place = next(t for name, t in self._buffers.items() if name != "like_" and t is not None).device
+        place = self.place
         values = {name: read(name) for name in self.packed_names()}
         for suffix, (kind, shape) in self.format.shapes(self.out_features, self.in_features).items():
             check_stored(values[suffix], kind, shape, suffix)
@@ -184,10 +204,100 @@ class PackedLinear(PackedMatrix):
     def __init__(self, fmt: Format, original: nn.Linear):
         super().__init__(fmt, original)
         self.bias = original.bias
+        self.joined: Joined | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x)
+        y = None if self.joined is None else self.joined.product(self, x)
+        if y is None:
+            y = self.multiply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def arena(self) -> Arena:
+        if self.joined is not None:
+            self.joined.arena()
+        return super().arena()
+
+
+class Joined:
+    """Linear layers of one format that their model calls one after another with the same activations.
+
+    On a GPU few tokens' products with all of them are made when the first is called. The others take theirs if they
+    are called with the very same tensor, and else multiply for themselves; that happens once, then all always do.
+    Files, `state_dict` and memory are each layer's own; only the order of GPU kernels has them in one tensor.
+    """
+
+    def __init__(self, members: list[PackedLinear]):
+        self.members = tuple(members)
+        self.sizes = [m.out_features for m in members]
+        self.made: tuple[Arena, list[Tensor]] | None = None
+        self.waiting: dict[int, Tensor] = {}  # a member's number -> its product
+        self.given: tuple[Tensor, int] | None = None  # with what the first was called, and that tensor's version
+        self.on = True
+        for m in members:
+            m.joined = self
+
+    def product(self, member: PackedLinear, x: Tensor) -> Tensor | None:
+        """x [..., in] times the transpose of a member's matrix; None where it has to multiply for itself."""
+        if member is not self.members[0]:
+            return self.take(member, x)
+        if not (self.on and joins(self, x)):
+            self.given, self.waiting = None, {}
+            return None
+        if torch.compiler.is_compiling():
+            y = opaque_joined(x, member.number, sum(self.sizes))
+        else:
+            y = joined(self, x)
+        first, *others = y.split(self.sizes, -1)
+        self.given = x, version(x)
+        self.waiting = {m.number: part for m, part in zip(self.members[1:], others, strict=True)}
+        return first
+
+    def take(self, member: PackedLinear, x: Tensor) -> Tensor | None:
+        if self.given is None:
+            return None
+        (given, at), found = self.given, self.waiting.pop(member.number, None)
+        if not self.waiting:
+            self.given = None
+        if found is None or given is not x or at != version(x):
+            self.on, self.given, self.waiting = False, None, {}
+            return None
+        return found
+
+    def arena(self) -> Arena | None:
+        """The members' matrices in one arena, made unless a member has one; None unless all have theirs there."""
+        from mopeq.kernels import arena
+
+        held = [m._buffers.get("arena_data") for m in self.members]
+        if all(t is None for t in held) and len({m.place for m in self.members}) == 1:
+            self.made = arena.joined([PackedMatrix.arena(m) for m in self.members])
+            for m, part in zip(self.members, self.made[1], strict=True):
+                m.register_buffer("arena_data", part, persistent=False)
+        elif self.made is None or any(t is not part for t, part in zip(held, self.made[1], strict=True)):
+            return None
+        return self.made[0]
+
+
+def version(x: Tensor) -> int:
+    """A number that is another once a tensor's values have been changed in place, as far as torch counts that."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "kv_a_proj_with_mqa"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+)  # names of linear layers that models give the same activations
+
+
+def join(model: nn.Module) -> None:
+    """Have a model's packed linear layers that are TOGETHER multiplied so."""
+    for module in model.modules():
+        for names in TOGETHER:
+            members: list[Any] = [getattr(module, name, None) for name in names]
+            alike = {(m.format, m.in_features) if type(m) is PackedLinear else None for m in members}
+            if None not in alike and len(alike) == 1 and all(m.joined is None for m in members):
+                Joined(members)
 
 
 class PackedEmbedding(PackedMatrix):
