@@ -250,6 +250,8 @@ def test_other_bits(kind: str, bits: int, tie: bool) -> None:
     assert any("router" in n or ".gate.weight" in n for n in names)  # routers stay as they are
     assert not any(n.startswith("model.layers.0.mlp.gate.q") for n in names)
     model = load_model(out, torch.float32, "cpu")
+    assert any(getattr(m, "joined", None) for m in model.modules()) == (bits < 16)
+    assert any("forward" in vars(m) for m in model.modules())  # norms, for GPUs
     reference = dense_reference(kind, "own", other_bits=bits, model_tie_word_embeddings=tie)
     assert generate(model) == generate(reference)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

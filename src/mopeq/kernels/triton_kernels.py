@@ -436,6 +436,7 @@ def weighted_sum(y, weight, bias, ids, out, pairs, CHOICES: tl.constexpr, E: tl.
                  BIAS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """out[t] = sum over the token's choices, in their order, of weight * (y + bias); others' experts are left out."""
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)

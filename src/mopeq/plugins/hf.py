@@ -23,7 +23,8 @@ from mopeq.errors import BadInput, MopeqError
 from mopeq.nouns import BASE36, PADDING, Format, TensorInfo
 from mopeq.packed import check_experts, check_sizes, check_version, read_map
 from mopeq.plugins.experts import QuantizedExperts
-from mopeq.plugins.matrices import PackedEmbedding, PackedLinear, PackedMatrix, TiedLinear
+from mopeq.plugins.matrices import PackedEmbedding, PackedLinear, PackedMatrix, TiedLinear, join
+from mopeq.plugins.quick import quicken
 from mopeq.plugins.stored import remember, stored_tensors
 from mopeq.seam import experts_modules, match_names, renamer, twins, weights
 from mopeq.tensors import read_stored
@@ -164,6 +165,8 @@ class MopeqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self.complete(model)
+        join(model)
+        quicken(model)
         remember(model, self.folder, self.tensors, self.prefixes)
         return model
 
