@@ -1,6 +1,6 @@
 """A language model in DeepSeek-VL2-Base's shape, of random weights, at work: tokens a second, packed and in bf16.
 
-    python bench/generation_gpu.py all_packed packed gemv grouped_mm batched_mm [--compile]
+    python bench/generation_gpu.py all_packed packed gemv grouped_mm batched_mm [--compile] [--profile]
 
 Each step is one CUDA graph over a fixed cache, the next token included; one sequence, from an empty cache. `packed` has
 mopeq's experts (2, 3, 4 bits in equal shares, group 64), `all_packed` also every other matrix but routers at 4 bits, as
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from mopeq.plugins.matrices import join
+from mopeq.plugins.quick import quicken
 from mopeq.verbs.layers import SHAPES, Shape, random_experts
 
 WIDTHS = (2, 3, 4)
@@ -131,6 +133,9 @@ def model_of(way: str, shape: Shape, sizes: dict[str, int], device: str, dtype: 
             moe.experts = GemvExperts(moe.experts)
     if way == "all_packed":
         pack_the_rest(model, device)
+    if packed:  # as a packed checkpoint is loaded
+        join(model)
+        quicken(model)
     return model
 
 
@@ -141,8 +146,8 @@ def with_cache(cache: FixedCache, forward: Callable[..., Any]) -> Callable[..., 
     return call
 
 
-def rate(model: Any, device: str, compiled: bool) -> tuple[float, int]:
-    """(tokens a second, how many different ones)."""
+def rate(model: Any, device: str, compiled: bool, profiled: bool) -> tuple[float, int]:
+    """(tokens a second, how many different ones); a table of the kernels of one token is printed if `profiled`."""
     ids, at, made = (torch.zeros(*size, dtype=torch.long, device=device) for size in ((1, 1), (1,), (CACHE,)))
     for layer in model.model.layers:
         layer.forward = with_cache(FixedCache(at), layer.forward)
@@ -181,20 +186,34 @@ def rate(model: Any, device: str, compiled: bool) -> tuple[float, int]:
                 replay()
             at.item()  # waits
             times.append(time.perf_counter() - began)
+        if profiled:
+            print(kernels(replay, TOKENS // 4))
     return TOKENS / statistics.median(times), len(made[:TOKENS].unique())
+
+
+def kernels(replay: Callable[[], Any], tokens: int) -> str:
+    """The kernels of a token by their names: how many, and µs, the costliest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(tokens):
+            replay()
+        torch.cuda.synchronize()
+    rows = [(e.device_time_total / tokens, e.count / tokens, e.key) for e in profile.key_averages()]
+    total = f"{sum(n for _, n, _ in rows):.0f} kernels, {sum(us for us, _, _ in rows):.0f} µs a token"
+    return "\n".join([total, *(f"{n:7.1f} {us:9.1f} µs  {key[:110]}" for us, n, key in sorted(rows, reverse=True))])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ways", nargs="+", choices=["all_packed", "packed", "gemv", "grouped_mm", "batched_mm"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also print which kernels a token takes")
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to try this file")
     args = parser.parse_args()
     device, dtype = ("cpu", torch.float32) if args.small else ("cuda", torch.bfloat16)
     shape, sizes = (Shape(64, 32, 8, 2), SMALL) if args.small else (SHAPES["DeepSeek-VL2-Base"], BASE)
     for way in args.ways:
         model = model_of(way, shape, sizes, device, dtype)
-        found, different = rate(model, device, args.compile)
+        found, different = rate(model, device, args.compile, args.profile)
         weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         print(f"{way}: {found:.1f} tokens/s, weights {weights / 1e9:.3f} GB, {different} different tokens", flush=True)
         del model

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from mopeq.kernels import grouped
@@ -106,13 +108,26 @@ def linear_cases() -> list[tuple[int, int, int, int, str, int]]:
     return cases
 
 
+def random_linear(fmt: Any, out: int, inputs: int, g: torch.Generator) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A packed linear layer of random codes, and its stored tensors."""
+    from mopeq.plugins.matrices import PackedLinear
+
+    with torch.device("meta"):
+        matrix = PackedLinear(fmt, nn.Linear(inputs, out, bias=False))
+    stored = {}
+    for suffix, (_, shape) in fmt.shapes(out, inputs).items():
+        stored[suffix] = torch.randint(0, 256, shape, generator=g, device=DEVICE, dtype=torch.uint8)
+        if suffix == "scales":
+            stored[suffix] = ((torch.rand(shape, generator=g, device=DEVICE) + 0.5) * 0.1 / 2**fmt.bits).half()
+        setattr(matrix, suffix, nn.Parameter(stored[suffix], requires_grad=False))
+    matrix.seal()
+    return matrix, stored
+
+
 def check_linear(part: int, parts: int) -> int:
     """`check` for `kernels.linear`; every case also with weights that were packed again from the GPU's order."""
-    from torch import nn
-
     from mopeq.kernels.choice import choose_linear
     from mopeq.nouns import Format
-    from mopeq.plugins.matrices import PackedLinear
 
     bad = 0
     for seed, (bits, group, out, inputs, kind, tokens) in enumerate(linear_cases()):
@@ -120,15 +135,7 @@ def check_linear(part: int, parts: int) -> int:
             continue
         dtype, fmt = (torch.bfloat16 if kind == "bf16" else torch.float16), Format(bits, group)
         g = torch.Generator(DEVICE).manual_seed(seed)
-        with torch.device("meta"):
-            matrix = PackedLinear(fmt, nn.Linear(inputs, out, bias=False))
-        stored = {}
-        for suffix, (_, shape) in fmt.shapes(out, inputs).items():
-            stored[suffix] = torch.randint(0, 256, shape, generator=g, device=DEVICE, dtype=torch.uint8)
-            if suffix == "scales":
-                stored[suffix] = ((torch.rand(shape, generator=g, device=DEVICE) + 0.5) * 0.1 / 2**bits).half()
-            setattr(matrix, suffix, nn.Parameter(stored[suffix], requires_grad=False))
-        matrix.seal()
+        matrix, stored = random_linear(fmt, out, inputs, g)
         x = torch.randn(tokens, inputs, device=DEVICE, generator=g).to(dtype)
         wanted = x.double() @ matrix.rows(slice(None), torch.float64).T
         if choose_linear(matrix, x) != "triton":
@@ -143,6 +150,81 @@ def check_linear(part: int, parts: int) -> int:
     return bad
 
 
+def joined_cases() -> list[tuple[int, int, tuple[int, ...], int, str, int]]:
+    """(bits, group, outs, in, dtype, tokens) of matrices that are multiplied in one launch."""
+    cases = []
+    for tokens in (1, 7, 16, 40, 64):
+        cases += [(4, 64, (6144, 576), 2560, "bf16", tokens), (8, 32, (520, 72, 72), 1000, "fp16", tokens)]
+        cases += [(3, 64, (40, 48), 104, "bf16", tokens), (4, 128, (768, 768), 2048, "bf16", tokens)]
+    return cases
+
+
+def check_joined(part: int, parts: int) -> int:
+    """`check` for linear layers that are joined; what each keeps stays its own."""
+    from mopeq.nouns import Format
+    from mopeq.plugins.matrices import Joined
+
+    bad = 0
+    for seed, (bits, group, outs, inputs, kind, tokens) in enumerate(joined_cases()):
+        if seed % parts != part:
+            continue
+        dtype, g = (torch.bfloat16 if kind == "bf16" else torch.float16), torch.Generator(DEVICE).manual_seed(seed)
+        made = [random_linear(Format(bits, group), out, inputs, g) for out in outs]
+        x = torch.randn(tokens, inputs, device=DEVICE, generator=g).to(dtype)
+        wanted = [x.double() @ matrix.rows(slice(None), torch.float64).T for matrix, _ in made]
+        joint = Joined([matrix for matrix, _ in made])
+        poison()
+        found, again = ([matrix(x) for matrix, _ in made] for _ in range(2))
+        off = max(error(y, want) for y, want in zip(found, wanted, strict=True))
+        ok = off < (1.2e-2 if kind == "bf16" else 2e-3) and all(map(torch.equal, found, again))
+        ok &= joint.on and "_triton_layer" in vars(joint) and not any("_triton_layer" in vars(m) for m, _ in made)
+        for matrix, stored in made:
+            kept = matrix.state_dict()
+            ok &= all(torch.equal(kept[name], stored[name]) for name in stored)
+        bad += not ok
+        print(f"{'ok ' if ok else 'BAD'} {off:.5f} joined {(bits, group, outs, inputs, kind, tokens)}", flush=True)
+    return bad
+
+
+def router_cases() -> list[tuple[int, int, int, int, torch.dtype, bool, bool, bool]]:
+    """(experts, hidden, choices, tokens, weights in, softmax, normalized, corrected) of routers."""
+    cases = []
+    for tokens in (0, 1, 5, 64):
+        cases += [(72, 2560, 6, tokens, torch.bfloat16, True, False, False)]
+        cases += [(128, 2048, 8, tokens, torch.bfloat16, True, True, False)]
+        cases += [(256, 7168, 8, tokens, torch.float32, False, True, True)]
+        cases += [
+            (5, 100, 3, tokens, torch.float32, True, False, True),
+            (1, 8, 1, tokens, torch.bfloat16, *[False] * 3),
+        ]
+    return cases
+
+
+def check_routers(part: int, parts: int) -> int:
+    """`check` for `kernels.routers`: the logits in float64, and what is chosen by them."""
+    from mopeq.kernels import routers
+
+    bad = 0
+    for seed, case in enumerate(router_cases()):
+        if seed % parts != part:
+            continue
+        experts, hidden, k, tokens, dtype, softmax, normalized, corrected = case
+        g = torch.Generator(DEVICE).manual_seed(seed)
+        x = torch.randn(tokens, hidden, device=DEVICE, generator=g).bfloat16()
+        w = (torch.randn(experts, hidden, device=DEVICE, generator=g) * 2 / hidden**0.5).to(dtype)
+        correction = torch.randn(experts, device=DEVICE, generator=g) * 0.1 if corrected else None
+        rule: Any = (correction, k, softmax, normalized, 2.5, torch.float32, torch.float32)
+        poison()
+        found, again = (routers.route(x, w, *rule) for _ in range(2))
+        off = error(found[0], x.double() @ w.double().T)
+        weights, index = routers.formula(found[0], correction, k, softmax, normalized, 2.5)
+        ok = off < 1e-5 and all(map(torch.equal, found, again)) and torch.equal(found[2], index)
+        ok &= not tokens or error(found[1], weights.double()) < 1e-5
+        bad += not ok
+        print(f"{'ok ' if ok else 'BAD'} {off:.7f} router {case}", flush=True)
+    return bad
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
@@ -150,7 +232,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.check:
         part, parts = (int(n) for n in args.part.split("/"))
-        bad = check(part, parts) + check_linear(part, parts)
+        bad = sum(look(part, parts) for look in (check, check_linear, check_joined, check_routers))
         print(f"part {args.part}: {bad} bad")
         sys.exit(1 if bad else 0)
     parser.print_help()
