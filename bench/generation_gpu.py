@@ -6,7 +6,8 @@ Each step is one CUDA graph over a fixed cache, the next token included; one seq
 mopeq's experts (2, 3, 4 bits in equal shares, group 64), `all_packed` also every other matrix but routers at 4 bits, as
 `--other-bits 4` makes them; `grouped_mm` and `batched_mm` are transformers' two ways in bf16; `gemv` is bf16 by the
 gather-GEMV that `mopeq bench` compares with. --compile has torch.compile make the whole model, in one graph: packed
-modules and `gemv` experts are one operator each in it. Everything else is the same.
+modules and `gemv` experts are one operator each in it. Packed models are finished as mopeq's loader does it: linear
+layers joined, norms and routers by one kernel each. Everything else is the same.
 """
 
 from __future__ import annotations
