@@ -36,6 +36,7 @@ from mopeq.sense.scene import Scene
 from mopeq.stages import open_job
 from mopeq.tables import pick
 from mopeq.verbs.evaluate import evaluate
+from mopeq.walk import shelf as shelf_module
 from mopeq.walk.parts import CannotWalk, Parts, source_parts
 from mopeq.walk.shelf import Shelf
 from mopeq.walk.walking import Walk
@@ -47,6 +48,12 @@ def folder_of(kind: str) -> Path:
     if kind == "embedded":
         return Path(mopeq.embedded.__file__).parent / "model"
     return shared("models/bench-lm") if kind == "bench-lm" else made.source(kind)
+
+
+@pytest.fixture(autouse=True)
+def what_waits_lies_on_the_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small it is: a table or a mask too."""
+    monkeypatch.setattr(shelf_module, "LEAST", 1)
 
 
 @cache
@@ -103,13 +110,16 @@ def logits(walk: Walk, batches: tuple[dict[str, Tensor], ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_model_in_memory(kind: str) -> None:
+def test_logits_are_those_of_the_model_in_memory(kind: str, tmp_path: Path) -> None:
     model = load_model(folder_of(kind), torch.float32, "cpu")
     with torch.no_grad(), watch(model, plain_forward):
         wanted = [model(**model_inputs(batch), use_cache=False).logits for batch in shown(kind)]
-    for walk in (walk_of(kind, True), walk_of(kind, False), walk_of(kind, False, exact=False)):
+    shelf = Shelf(tmp_path, 0)
+    walks = (walk_of(kind, True), walk_of(kind, False, exact=False), walk_of(kind, False, shelf=shelf))
+    for walk in (*walks, walk_of(kind, False)):
         for a, b in zip(logits(walk, shown(kind)), wanted, strict=True):
             assert torch.equal(a, b)
+    assert shelf.written > len(walk.parts.parts) * len(wanted) and not list(tmp_path.iterdir())
 
 
 def gradients(walk: Walk, batches: tuple[dict[str, Tensor], ...]) -> dict[tuple[int, int, int, str], Tensor]:

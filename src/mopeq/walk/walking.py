@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mopeq.nouns import MoELayer
 from mopeq.walk.parts import HEAD, CannotWalk, Part, Parts, Resident
-from mopeq.walk.shelf import Shelf, Ticket
+from mopeq.walk.shelf import Luggage, Shelf, Ticket, storages
 
 Run = Callable[[], Tensor | None]  # one batch through the model; on the way back, the loss it returns is differentiated
 _here = threading.local()  # .job: the job whose thread this is
@@ -57,8 +57,9 @@ class Call:
 class Job:
     """One batch's way through the model. `go` lets it move until it comes to a part (`call`) or ends."""
 
-    def __init__(self, number: int, run: Run, differentiable: bool, ahead: bool = False):
+    def __init__(self, number: int, run: Run, luggage: Luggage, differentiable: bool, ahead: bool = False):
         self.number, self.run, self.differentiable, self.ahead = number, run, differentiable, ahead
+        self.luggage = luggage
         self.call: Call | None = None
         self.loss: Tensor | None = None
         self.error: BaseException | None = None
@@ -86,7 +87,7 @@ class Job:
     def live(self) -> None:
         _here.job = self
         try:
-            with torch.set_grad_enabled(self.differentiable):
+            with torch.set_grad_enabled(self.differentiable), self.luggage.watching():
                 self.loss = self.run()
         except Dropped:
             return
@@ -105,10 +106,12 @@ class Job:
         return given
 
     def drop(self) -> None:
+        self.call = None
         if self.thread is not None and self.thread.is_alive():
             self.dropped = True
             self.may_move.put(None)
             self.thread.join()
+        self.luggage.end()
 
 
 @dataclass
@@ -153,9 +156,9 @@ class Record:
 
     number: int
     call: Call
-    shelf: Shelf
+    luggage: Luggage
     leaves: list[Any] = field(default_factory=list)  # of the call's arguments; None where `kept` has them
-    kept: dict[int, tuple[Ticket, Any]] = field(default_factory=dict)  # what has a gradient, and its edge in the graph
+    kept: dict[int, tuple[Ticket, Any]] = field(default_factory=dict)  # hidden states; their edge in the graph, if any
     shape: Any = None
     gradients: dict[int, Ticket] = field(default_factory=dict)  # by floating output
 
@@ -172,14 +175,16 @@ class Record:
         after = tree_flatten((self.call.args, self.call.kwargs))[0]
         if before != [(id(x), x._version) if isinstance(x, Tensor) else id(x) for x in after]:
             raise CannotWalk(f"{self.call.part.name} changes what it is given")
-        for i, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                edge = torch.autograd.graph.get_gradient_edge(leaf)
-                self.kept[i] = (self.shelf.keep(leaf.detach()), edge)
-                self.leaves[i] = None
-        self.call.args, self.call.kwargs = (), {}
         outputs, shape = tree_flatten(made)
         floating = floats(outputs)
+        alike = {outputs[i].shape for i in floating}  # of the first layer's inputs, which have no gradient
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Tensor) and (leaf.requires_grad or (leaf.is_floating_point() and leaf.shape in alike)):
+                edge = torch.autograd.graph.get_gradient_edge(leaf) if leaf.requires_grad else None
+                self.kept[i] = (self.shelf.keep(leaf.detach()), edge)
+                self.leaves[i] = None
+        self.luggage.stay(self.leaves)
+        self.call.args, self.call.kwargs = (), {}
         inputs = {t.untyped_storage().data_ptr() for t in after if isinstance(t, Tensor)}
         new = [
             t.clone() if t._is_view() or t.untyped_storage().data_ptr() in inputs else t
@@ -191,6 +196,10 @@ class Record:
         for i, tensor in zip(floating, tied, strict=True):
             outputs[i] = tensor
         return tree_unflatten(outputs, shape)
+
+    @property
+    def shelf(self) -> Shelf:
+        return self.luggage.shelf
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
         """A gradient of the outputs; several add up."""
@@ -209,7 +218,7 @@ class Record:
         leaves = list(self.leaves)
         for i, (ticket, _) in self.kept.items():
             leaves[i] = self.shelf.take(ticket)
-        ins = {i: leaves[i].requires_grad_() for i in self.kept}
+        ins = {i: leaves[i].requires_grad_() for i, (_, edge) in self.kept.items() if edge is not None}
         with torch.enable_grad():
             made = self.again(leaves)
         outputs = [made[i] for i in floats(made)]
@@ -299,15 +308,19 @@ class Walk:
     def back(self, records: list[Record]) -> Iterator[None]:
         records.reverse()
         while records:
-            self.now = records[-1].number
-            records.pop().backward()
+            record = records.pop()
+            self.now, luggage = record.number, record.luggage
+            luggage.pick_up()
+            record.backward()
+            del record
+            luggage.lay_down()
             yield
 
     def onward(
         self, runs: Sequence[Run], trail: list[tuple[Part, list[Record]]] | None, ahead: Sequence[Run]
     ) -> Iterator[tuple[Part, Visit]]:
-        jobs = [Job(number, run, False, ahead=True) for number, run in enumerate(ahead)]
-        jobs += [Job(number, run, trail is not None) for number, run in enumerate(runs)]
+        jobs = [Job(number, run, Luggage(self.shelf), False, ahead=True) for number, run in enumerate(ahead)]
+        jobs += [Job(number, run, Luggage(self.shelf), trail is not None) for number, run in enumerate(runs)]
         own = [(part.module, part.module.__dict__.get("forward")) for part in self.parts.parts]
         for part in self.parts.parts:
             part.module.forward = stopping(part, part.module.forward)
@@ -345,6 +358,7 @@ class Walk:
         for job in here:
             assert job.call is not None
             self.now = job.number
+            job.luggage.pick_up()
             call, job.call = job.call, None
             if not job.differentiable or not (part.layers or needs_gradient(call)):
                 with torch.no_grad():
@@ -353,8 +367,9 @@ class Walk:
                 with torch.enable_grad():
                     made = call.run()
             else:
-                records.append(Record(job.number, call, self.shelf))
+                records.append(Record(job.number, call, job.luggage))
                 made = records[-1].forward()
+            job.luggage.see(made, whose(part, call))
             del call
             self.advance(job, made)
             del made
@@ -364,13 +379,16 @@ class Walk:
         """Let a job move to the next streamed part, or to its end; resident parts run on the way."""
         job.go(given)
         while job.call is not None and not job.call.part.streamed:
-            with torch.set_grad_enabled(job.differentiable):
+            with torch.set_grad_enabled(job.differentiable), job.luggage.watching():
                 given = job.call.run()
             job.go(given)
-        if job.call is None and job.loss is not None:
+        del given
+        if job.call is None:
             loss, job.loss = job.loss, None
-            if job.differentiable:
+            if job.differentiable and loss is not None:
                 loss.backward(retain_graph=True)
+            job.luggage.end()
+        job.luggage.lay_down()
 
 
 def stopping(part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -383,6 +401,12 @@ def stopping(part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
         return job.stop_at(Call(part, forward, args, kwargs, copy_context()))
 
     return stop
+
+
+def whose(part: Part, call: Call) -> set[Any]:
+    """The storages that a part is called with, and its own."""
+    state = (*part.module.parameters(), *part.module.buffers())
+    return {storage for storage, _ in storages((call.args, call.kwargs, state))}
 
 
 def needs_gradient(call: Call) -> bool:
