@@ -173,7 +173,7 @@ def work(order: Order) -> tuple[int, str, str] | None:
                 share(scene, job.options.sensitivity, order.layers, order.batches)
             else:
                 files = {layer: run.layer_path(order.digest, layer) for layer in order.layers}
-                stages.quantize_files(job, PrecisionMap.from_json(order.map), files, calibration)
+                stages.quantize_files(job, run, PrecisionMap.from_json(order.map), files, calibration)
     except MopeqError as problem:
         return problem.exit_code, problem.line, problem.hint
     return None

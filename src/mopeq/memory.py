@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PROCESS = 450 << 20  # Python, torch and transformers
 PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in between
 PARAMETER = 5  # what one of a part takes while the part runs in float32; 6.3 and what is stored were measured
-WAITING = 3  # copies of the hidden states that wait: a model's forward holds its embeddings too; 3.0, 3.7 were measured
+WAITING = 4  # copies of the hidden states that wait before a head; a model's forward holds its embeddings too
 HELD = 3.3  # times a layer's packed experts, while they are stored and put in order; 2.9 was measured
 FEW = 8  # experts of a layer that are compared when it is read back, more where that many do not hold all its formats
 SHARE = 0.9  # of the memory that is free, where --max-memory says nothing
@@ -53,9 +53,13 @@ def shown_bytes(layers: list[MoELayer], options: Options) -> int:
     return candidates + moments
 
 
-def waiting_bytes(layer: MoELayer, options: Options) -> int:
-    """The hidden states of all tokens that wait for a layer to have its weights: those shown, and their judges."""
-    return WAITING * 4 * layer.shapes["up"][1] * options.calib_tokens * (2 if options.judges else 1)
+def shelf_bytes(spec: MoESpec, tokens: int, ahead: int, back: bool) -> int:
+    """What a walk's tokens leave in memory or on disk while they wait: hidden states before a part; where they come
+    `back`, those of every decoder layer. `ahead`: tokens that only go as far as the last MoE layer."""
+    width = 4 * max(layer.shapes["up"][1] for layer in spec.layers)
+    stems = {part_of(layer.prefix).rpartition(".")[0] for layer in spec.layers}
+    borders = sum(part.rpartition(".")[0] in stems for part in other_parts(spec)[0]) + 1 if back else 0
+    return width * (tokens * (WAITING + borders) + 2 * ahead)
 
 
 def whole_bytes(spec: MoESpec, options: Options) -> int:
@@ -80,8 +84,7 @@ def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:
         beside = PARAMETER * parts.get(part_of(layer.prefix), (0, 0))[0]
         steps = [read_back_bytes(spec, layer, options), packing_bytes(spec, layer, options)]
         if options.needs_data and walked:
-            passing = max(PASSING, PASSING // 2 + waiting_bytes(layer, options))
-            steps.append(passing + 4 * layer.params + shown_bytes([layer], options))
+            steps.append(PASSING + 4 * layer.params + shown_bytes([layer], options))
         biggest = max(biggest, beside + max(steps))
     return PROCESS + resident + biggest
 

@@ -98,7 +98,13 @@ class RunDir:
                 raise BadInput(
                     f"another run is at work in {self.path}", "wait for it, or choose another --run"
                 ) from None
+            shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
             yield
+
+    @property
+    def scratch(self) -> Path:
+        """Where activations wait that memory has no room for."""
+        return self.path / "waiting"
 
     def has_done(self, digest: str) -> bool:
         """Whether a stage that leaves nothing to keep (a check) went well in an earlier run."""

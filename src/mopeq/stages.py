@@ -31,7 +31,7 @@ from mopeq.checkpoint import (
 )
 from mopeq.errors import BadInput
 from mopeq.families.standard import read_spec
-from mopeq.memory import allowed_bytes, available_memory, layer_bytes, loaded_bytes, whole_bytes
+from mopeq.memory import allowed_bytes, available_memory, layer_bytes, loaded_bytes, shelf_bytes, whole_bytes
 from mopeq.nouns import (
     Budget,
     Format,
@@ -462,7 +462,7 @@ def check_memory(job: Job) -> None:
     if need > limit:
         allows = "the machine has free" if o.memory_bytes is None else "--max-memory allows"
         what = f"{' and '.join(o.needs_data)} take" if o.needs_data else "one layer at a time, making it takes"
-        less = ", fewer --calib-tokens, or --sensitivity hessian --method rtn, which take least" if o.needs_data else ""
+        less = ", or --sensitivity hessian --method rtn, which take least" if o.needs_data else ""
         raise BadInput(f"{what} {size_text(need)}, {allows} {size_text(limit)}", f"try --max-memory {need}{less}")
 
 
@@ -492,23 +492,28 @@ def checks_experts(job: Job) -> bool:
 
 
 def check_room(job: Job, run: RunDir, calibration: Calibration | None) -> None:
-    """BadInput where there is no room for what a walk quantizes on the way forward, to be judged on the way back."""
-    o = job.options
-    if skips_sense(job) or not o.judges or runs_whole(job):
+    """BadInput where there is no room for what a walk leaves on disk for a while: hidden states that memory has no room
+    for, and what it quantizes on the way forward, to be judged on the way back."""
+    if calibration is None or runs_whole(job):
         return
+    from mopeq.data.calibration import count
     from mopeq.sense.quadratic import candidate_bytes
 
-    digest = sense_digest(job, calibration)
-    if run.load_sensitivity(digest) is not None:
-        return
-    kept = run.kept(digest)
-    todo = [layer for layer in job.spec.layers if not kept.has(f"{CANDIDATES}{layer.layer}")]
-    need = candidate_bytes(todo, o.formats)
-    if need > free_bytes(run.path):
+    o, digest, spare, needs = job.options, sense_digest(job, calibration), work_memory(job), [0]
+    shown = count(calibration.batches)
+    if not skips_sense(job) and run.load_sensitivity(digest) is None:
+        kept = run.kept(digest)
+        todo = [layer for layer in job.spec.layers if o.judges and not kept.has(f"{CANDIDATES}{layer.layer}")]
+        judges = count(calibration.judges) if o.tries_quantizers else shown
+        waits = shelf_bytes(job.spec, judges, shown if todo else 0, SENSORS[o.sensitivity].needs_gradients)
+        needs.append(candidate_bytes(todo, o.formats) + max(0, waits - spare))
+    if QUANTIZERS[o.method].needs_data and not sensing_quantizes(job):
+        needs.append(max(0, shelf_bytes(job.spec, shown, 0, QUANTIZERS[o.method].needs_gradients) - spare))
+    if (need := max(needs)) > free_bytes(run.path):
         raise BadInput(
-            f"{run.path} has {size_text(free_bytes(run.path))} free; what sensing quantizes layer by layer takes"
-            f" {size_text(need)} for a while",
-            "free some disk, choose a --run elsewhere, or give --max-memory room for the whole model",
+            f"{run.path} has {size_text(free_bytes(run.path))} free; layer by layer {' and '.join(o.needs_data)} take"
+            f" {size_text(need)} of it for a while",
+            "free some disk, choose a --run elsewhere, or give fewer --calib-tokens or more --max-memory",
         )
 
 
@@ -585,7 +590,7 @@ def scene_of(job: Job, run: RunDir, digest: str, calibration: Calibration | None
         data_digest=sensed_digest(job, shown) or "",
         quantizer=sensed_as(o.method),
         memory_bytes=work_memory(job),
-        scratch=run.path,
+        scratch=run.scratch,
         kept=run.kept(digest),
     )
 
@@ -805,7 +810,7 @@ def quantize_layers(
         from mopeq import cluster
 
         cluster.quantize(job, run, map_, files, data)
-    quantize_files(job, map_, files, calibration)
+    quantize_files(job, run, map_, files, calibration)
     if not o.run:  # another budget is tried with these, and made of them
         sensed.drop()
     notes = [file.with_suffix(".txt") for file in files.values()]
@@ -836,16 +841,18 @@ def note_starved(file: Path, layer: MoELayer, experts: list[int]) -> None:
         write_atomic(file.with_suffix(".txt"), said.encode())
 
 
-def quantize_files(job: Job, map_: PrecisionMap, files: Mapping[int, Path], calibration: Calibration | None) -> None:
+def quantize_files(
+    job: Job, run: RunDir, map_: PrecisionMap, files: Mapping[int, Path], calibration: Calibration | None
+) -> None:
     """Make those of some layers' files that are not there."""
     if calibration is None or not QUANTIZERS[job.options.method].needs_data:
-        quantize_missing(job, map_, files, None, None)
+        quantize_missing(job, run, map_, files, None, None)
     elif not all(file.exists() for file in files.values()):
-        by_layers_or_whole(job, lambda parts: quantize_missing(job, map_, files, calibration, parts))
+        by_layers_or_whole(job, lambda parts: quantize_missing(job, run, map_, files, calibration, parts))
 
 
 def quantize_missing(
-    job: Job, map_: PrecisionMap, files: Mapping[int, Path], shown: Calibration | None, parts: Any
+    job: Job, run: RunDir, map_: PrecisionMap, files: Mapping[int, Path], shown: Calibration | None, parts: Any
 ) -> None:
     """Make the layers whose files are not there, and beside each a note where its experts saw no data."""
     from mopeq.assemble import write_layer
@@ -859,7 +866,7 @@ def quantize_missing(
             for layer, apart in quantize_apart(job.folder, job.spec, last_first, map_, o.method, o.seed, p.step):
                 write_layer(files[layer.layer], job.spec, job.folder, layer, apart)
             return
-        for layer, weights, seen in layers_with_moments(job, todo, shown, parts):
+        for layer, weights, seen in layers_with_moments(job, run, todo, shown, parts):
             if seen is not None:
                 if not seen.finite:
                     refuse_overflow(layer.layer)
@@ -877,7 +884,7 @@ def quantize_missing(
 
 
 def layers_with_moments(
-    job: Job, todo: list[MoELayer], shown: Calibration | None, parts: Any
+    job: Job, run: RunDir, todo: list[MoELayer], shown: Calibration | None, parts: Any
 ) -> Iterator[tuple[MoELayer, dict[str, Any], Any]]:
     """(layer, {projection: weights [E, out, in]}, moments or None) of each layer, in the order they come."""
     from mopeq.stream import read_layer
@@ -886,6 +893,7 @@ def layers_with_moments(
     if shown is not None and todo:
         from mopeq.seam import weights
         from mopeq.sense.moments import collect, gather
+        from mopeq.walk.shelf import shelf
         from mopeq.walk.walking import Walk
 
         label_seed = job.options.seed if QUANTIZERS[job.options.method].needs_gradients else None
@@ -894,9 +902,10 @@ def layers_with_moments(
             for layer, seen in collect(model, job.spec, shown.batches, work_memory(job), set(left), label_seed):
                 yield left.pop(layer.layer), read_layer(job.folder, job.spec, layer), seen
         else:
-            walking = Walk(parts(label_seed is not None))
-            for layer, module, seen in gather(walking, shown.batches, set(left), label_seed):
-                yield left.pop(layer.layer), weights(module), seen
+            with shelf(run.scratch, work_memory(job)) as kept:
+                walking = Walk(parts(label_seed is not None), kept)
+                for layer, module, seen in gather(walking, shown.batches, set(left), label_seed):
+                    yield left.pop(layer.layer), weights(module), seen
     for layer in left.values():
         yield layer, read_layer(job.folder, job.spec, layer), None
 
@@ -975,7 +984,7 @@ def tune_files(
 
 
 def work_memory(job: Job) -> int:
-    """What moments, or activations that wait, may take at a time."""
+    """What moments, or activations that wait, may take at a time; of these the rest goes to disk."""
     return max(allowed_bytes(job.options) - layer_bytes(job.spec, job.options), 1 << 20)
 
 

@@ -20,7 +20,7 @@ class Row:
     says: str  # one line for --help
     needs_data: bool = False  # whether it shows calibration data to the model
     by_method: bool = False  # whether its result depends on the quantizer
-    needs_gradients: bool = False  # a quantizer's: whether it asks for the loss's gradients too
+    needs_gradients: bool = False  # whether a walk goes back for the loss's gradients
     sensed_as: str = ""  # a quantizer's: the faster one that stands in for it in sensing
 
 

@@ -16,12 +16,14 @@ SENSORS: dict[str, Row] = {
         "mopeq.sense.quadratic:fisher",
         "increase of the loss by the quantizer's real error, to second order: one backward pass serves all formats",
         needs_data=True,
+        needs_gradients=True,
         by_method=True,
     ),
     "fisher-seq": Row(
         "mopeq.sense.quadratic:fisher_seq",
         "as fisher, without taking tokens as independent: unbiased for a whole sequence, noisier",
         needs_data=True,
+        needs_gradients=True,
         by_method=True,
     ),
     "error": Row(

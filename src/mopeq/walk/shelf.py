@@ -9,7 +9,6 @@ before the batch moves (`Luggage`).
 from __future__ import annotations
 
 import ctypes
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
@@ -237,7 +236,5 @@ def shelf(folder: Path | None, memory_bytes: int) -> Iterator[Shelf]:
         yield Shelf()
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("borders-*"):  # of a run that was killed; the run directory is locked
-        shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="borders-", dir=folder) as place:
+    with tempfile.TemporaryDirectory(dir=folder) as place:
         yield Shelf(Path(place), memory_bytes)

@@ -263,11 +263,9 @@ class Walk:
         if self.whole:
             yield self.plainly(runs, False, ahead)
             return
-        left = {part.name for part in self.parts.parts if part.layers}
-        for part, visit in self.onward(runs, None, ahead):
+        for visit, more in self.onward(runs, None, ahead):
             yield visit
-            left.discard(part.name)
-            if layers_only and not left:
+            if layers_only and not more:
                 return
 
     def gradients(self, runs: Sequence[Run], ahead: Sequence[Run] = ()) -> Iterator[Visit]:
@@ -277,7 +275,7 @@ class Walk:
             yield self.plainly(runs, True, ahead)
             return
         trail: list[tuple[Part, list[Record]]] = []
-        for _, visit in self.onward(runs, trail, ahead):
+        for visit, _ in self.onward(runs, trail, ahead):
             yield visit
         while trail:
             part, records = trail.pop()
@@ -318,13 +316,15 @@ class Walk:
 
     def onward(
         self, runs: Sequence[Run], trail: list[tuple[Part, list[Record]]] | None, ahead: Sequence[Run]
-    ) -> Iterator[tuple[Part, Visit]]:
+    ) -> Iterator[tuple[Visit, bool]]:
+        """Visits, and whether MoE layers are to come: after the last, those that go ahead go no further."""
         jobs = [Job(number, run, Luggage(self.shelf), False, ahead=True) for number, run in enumerate(ahead)]
         jobs += [Job(number, run, Luggage(self.shelf), trail is not None) for number, run in enumerate(runs)]
         own = [(part.module, part.module.__dict__.get("forward")) for part in self.parts.parts]
         for part in self.parts.parts:
             part.module.forward = stopping(part, part.module.forward)
         seen: set[str] = set()
+        left = {part.name for part in self.parts.parts if part.layers}
         try:
             for job in jobs:
                 self.now = job.number
@@ -334,14 +334,14 @@ class Walk:
                 if part.layers and part.name in seen:
                     raise CannotWalk(f"{part.name} is entered twice")
                 seen.add(part.name)
+                ends = left == {part.name}
+                left.discard(part.name)
                 records: list[Record] = []
                 with self.parts.loaded(part):
                     here = [job for job in waiting if job.call and job.call.part is part]
-                    each, first = (
-                        partial(self.pass_part, part, [job for job in here if job.ahead == ahead_], records)
-                        for ahead_ in (False, True)
-                    )
-                    yield part, Visit(part.layers, False, each, first)
+                    each = partial(self.pass_part, part, [job for job in here if not job.ahead], records)
+                    first = partial(self.pass_part, part, [job for job in here if job.ahead], records, ends)
+                    yield Visit(part.layers, False, each, first), bool(left)
                 if records and trail is not None:
                     trail.append((part, records))
                     records = []
@@ -353,8 +353,8 @@ class Walk:
             for job in jobs:
                 job.drop()
 
-    def pass_part(self, part: Part, here: list[Job], records: list[Record]) -> Iterator[None]:
-        """Take the jobs that wait at a part through it, each up to where it waits next."""
+    def pass_part(self, part: Part, here: list[Job], records: list[Record], ends: bool = False) -> Iterator[None]:
+        """Take the jobs that wait at a part through it, each up to where it waits next; or to their end here."""
         for job in here:
             assert job.call is not None
             self.now = job.number
@@ -371,7 +371,10 @@ class Walk:
                 made = records[-1].forward()
             job.luggage.see(made, whose(part, call))
             del call
-            self.advance(job, made)
+            if ends:
+                job.drop()
+            else:
+                self.advance(job, made)
             del made
             yield
 
