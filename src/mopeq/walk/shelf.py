@@ -12,7 +12,7 @@ import ctypes
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from mopeq.errors import MopeqError
 
 LEAST = 1 << 16  # bytes that are worth a file
+HOLES = 1 << 30  # freed bytes that a C library may keep; 0.7 GiB more than with what was returned were measured
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ class Luggage(TorchFunctionMode):
                 item.file, item.written = self.shelf.write(storage), item.changes._version
             storage.resize_(0)
             item.empty = True
+        if self.shelf.folder is not None and self.shelf.free < HOLES:
+            return_freed()
 
     def pick_up(self) -> None:
         """Before the batch moves, or somebody else uses what it has made."""
@@ -227,6 +230,12 @@ def read_into(file: Path, address: int, nbytes: int) -> None:
             if not got:
                 raise MopeqError(f"{file} was cut short", "give the same command again")
             at += got
+
+
+def return_freed() -> None:
+    """Have the C library give the system back what was freed between what is in use, where it can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
