@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 PROCESS = 450 << 20  # Python, torch and transformers
 PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in between
 PARAMETER = 5  # what one of a part takes while the part runs in float32; 6.3 and what is stored were measured
-WAITING = 4  # copies of the hidden states that wait before a head; a model's forward holds its embeddings too
+# times their hidden states that waiting tokens take beside borders: before a head (4.0 to 4.5 were measured), before a
+# layer (2.0 to 2.5), and pictures', of which a vision tower's states and features wait too
+WAITING, PASSED, SEEING = 4.5, 2.5, 8.0
 HELD = 3.3  # times a layer's packed experts, while they are stored and put in order; 2.9 was measured
 FEW = 8  # experts of a layer that are compared when it is read back, more where that many do not hold all its formats
 SHARE = 0.9  # of the memory that is free, where --max-memory says nothing
@@ -58,8 +60,11 @@ def shelf_bytes(spec: MoESpec, tokens: int, ahead: int, back: bool) -> int:
     `back`, those of every decoder layer. `ahead`: tokens that only go as far as the last MoE layer."""
     width = 4 * max(layer.shapes["up"][1] for layer in spec.layers)
     stems = {part_of(layer.prefix).rpartition(".")[0] for layer in spec.layers}
-    borders = sum(part.rpartition(".")[0] in stems for part in other_parts(spec)[0]) + 1 if back else 0
-    return width * (tokens * (WAITING + borders) + 2 * ahead)
+    borders = sum(part.rpartition(".")[0] in stems for part in other_parts(spec)[0]) if back else 0
+    waiting = max(WAITING * tokens, PASSED * (tokens + ahead))
+    if "vision tower" in spec.roles.values():
+        waiting = SEEING * (tokens + ahead)
+    return int(width * (tokens * max(0, borders - 1) + waiting))
 
 
 def whole_bytes(spec: MoESpec, options: Options) -> int:

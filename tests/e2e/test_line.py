@@ -268,7 +268,9 @@ def test_what_sensing_quantized_is_taken_over(
         assert not passes and not list((tmp_path / "taken" / ".mopeq" / "sensitivity").glob("*.parts"))
         if walked:
             monkeypatch.setattr("mopeq.stages.free_bytes", lambda path: 10**9 if path.name == "again" else 10**5)
-            with pytest.raises(MopeqError, match=r"has [\d.]+ KiB free; what sensing quantizes .* [\d.]+ MiB"):
+            with pytest.raises(
+                MopeqError, match=r"has [\d.]+ KiB free; layer by layer --sens.* --method .* take [\d.]+ MiB"
+            ):
                 quantize(source("olmoe"), tmp_path / "again", **asked)
             return
         monkeypatch.setattr(Kept, "room", 0)

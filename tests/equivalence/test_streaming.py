@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,36 @@ def test_the_line_writes_the_same_bytes_within_less_memory(kind: str, method: st
         quantize(job.folder, tmp_path / "less", max_memory=least - 1, **asked)
     with pytest.raises(BadInput, match="hutchinson"):  # it differentiates twice
         quantize(job.folder, tmp_path / "less", max_memory=least, **(asked | {"sensitivity": "hutchinson"}))
+
+
+@pytest.mark.parametrize("room", [0, pytest.param(300_000, marks=pytest.mark.slow)])
+def test_batches_that_wait_on_disk_change_no_byte(room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text and pictures, those that go ahead and those that judge, there and back: all of it on disk, or a part."""
+    asked = {"sensitivity": "fisher", "method": "gptq", "calib_tokens": 700}
+    job = open_job(folder_of("embedded"), Options(**asked))
+    written: list[Path] = []
+    write = Shelf.write
+    monkeypatch.setattr(Shelf, "write", lambda shelf, what: written.append(write(shelf, what)) or written[-1])
+    monkeypatch.setattr("mopeq.stages.work_memory", lambda job: room)
+    with silence():
+        quantize(job.folder, tmp_path / "whole", **asked)
+        assert not written
+        quantize(job.folder, tmp_path / "walked", max_memory=layer_bytes(job.spec, job.options), **asked)
+    assert len(written) > 100 and not any(path.exists() for path in written)
+    assert made.digests(tmp_path / "whole") == made.digests(tmp_path / "walked")
+
+
+def test_batches_that_go_ahead_end_at_the_last_experts() -> None:
+    walk, ahead = walk_of("olmoe", False), []
+
+    def show(batch: dict[str, Tensor]) -> None:
+        walk.model(**model_inputs(batch), use_cache=False)
+
+    some = [partial(show, batch) for batch in shown("olmoe")]
+    for visit in walk.forward(some[:1], ahead=some):
+        ahead.append(sum(1 for _ in visit.ahead()))
+        assert sum(1 for _ in visit.each()) == 1
+    assert ahead == [2, 2, 2, 0]  # the embedding, two layers, the head
 
 
 def test_eval_walks_the_original_where_both_do_not_fit(tmp_path: Path) -> None:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import made
 import pytest
+import torch
 from headers import olmoe
 
-from mopeq.memory import PROCESS, layer_bytes, loaded_bytes, whole_bytes
+from mopeq.memory import PROCESS, layer_bytes, loaded_bytes, shelf_bytes, whole_bytes
 from mopeq.options import Options
+from mopeq.seam import plain_forward, watch
+from mopeq.sense.labels import sampled_loss
+from mopeq.sense.scene import shows
+from mopeq.stages import open_job
+from mopeq.walk.parts import source_parts
+from mopeq.walk.shelf import Shelf, return_freed
+from mopeq.walk.walking import Walk
 
 DATA_FREE: dict[str, Any] = {"sensitivity": "hessian", "method": "rtn"}
 GIB = 1 << 30
@@ -38,6 +51,49 @@ def test_without_data(shape: dict[str, int], options: dict[str, Any], measured: 
 )
 def test_many_tokens(shape: dict[str, int], options: dict[str, Any], measured: float) -> None:
     assert measured <= layer_bytes(olmoe(**shape), Options(**options)) / GIB <= 1.35 * measured
+
+
+def test_waiting_tokens_take_disk_and_no_memory(tmp_path: Path) -> None:
+    """There and back, some ahead: six times the tokens peak at what one batch takes more or less, where all wait in
+    memory at all their hidden states; and on disk there is never more than is told."""
+    folder = made.source("olmoe", hidden_size=128)
+    few, many = (walked(folder, count, Shelf(tmp_path, 0)) for count in (8, 48))
+    memory, _ = walked(folder, 48, Shelf())
+    states = 4 * 128 * 48 * TOKENS
+    assert many[0] - few[0] < states // 4 and memory - many[0] > 3 * states
+    told = shelf_bytes(open_job(folder, Options()).spec, 48 * TOKENS, 48 * TOKENS, True)
+    assert 0.5 * told < many[1] <= told
+    assert not list(tmp_path.iterdir())
+
+
+TOKENS = 2048  # of a batch
+
+
+def walked(folder: Path, count: int, shelf: Shelf) -> tuple[int, int]:
+    """Bytes that the process grew by while so many batches, and as many ahead, were walked; the most on disk."""
+    job = open_job(folder, Options())
+    batches = [{"input_ids": torch.full((8, TOKENS // 8), 5 + n)} for n in range(count)]
+    walk, generator = Walk(source_parts(job.folder, job.spec), shelf), torch.Generator().manual_seed(0)
+    on_disk = 0
+    return_freed()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    except OSError:
+        pytest.skip("the system does not tell a peak")
+    before = status("VmRSS")
+    with watch(walk.model, plain_forward):
+        for visit in walk.gradients([partial(sampled_loss, walk, b, generator) for b in batches], shows(walk, batches)):
+            for _ in chain(visit.ahead(), visit.each()):
+                if shelf.folder is not None:
+                    on_disk = max(on_disk, sum(path.stat().st_size for path in shelf.folder.iterdir()))
+    return status("VmHWM") - before, on_disk
+
+
+def status(name: str) -> int:
+    """Bytes, as the system tells them of this process."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def test_a_model_is_loaded_from_mapped_files() -> None:
