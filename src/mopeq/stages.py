@@ -727,6 +727,8 @@ def tried(
     )
     if found is not None:
         write_atomic(file, json_bytes(vars(found)))
+    elif not job.spec.adapted:
+        say("allocate: the map is not tried: of what sensing quantized not all is on disk, which lacked room for it")
     return found
 
 

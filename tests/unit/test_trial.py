@@ -14,7 +14,7 @@ from mopeq.models import load_model
 from mopeq.nouns import PrecisionMap, make_map
 from mopeq.options import Options
 from mopeq.progress import silence
-from mopeq.rundir import RunDir
+from mopeq.rundir import Kept, RunDir
 from mopeq.seam import model_layers, weights
 from mopeq.sense.labels import predicting, predicting_logits
 from mopeq.sense.quadratic import chosen_candidates
@@ -90,6 +90,14 @@ def test_a_map_is_taken_if_it_wins_by_more_than_chance(tmp_path: Path) -> None:
         map_, notes = decide(job, sensitivity, lambda ours, theirs, found=found: found)
         assert (map_.digest == best) == wins and ("every matrix gets" in notes[-1]) != wins
         assert "512 tokens" in notes[0] and "neither was made from" in notes[0]
+
+
+def test_a_trial_that_the_disk_lacks_room_for_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Kept, "room", 0)
+    quantize(made.source("olmoe"), tmp_path / "out", **asked(tmp_path))
+    assert "allocate: the map is not tried: of what sensing quantized not all is on disk" in capsys.readouterr().err
 
 
 def test_the_trial_is_of_other_text_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

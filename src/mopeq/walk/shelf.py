@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 from mopeq.errors import MopeqError
 
 LEAST = 1 << 16  # bytes that are worth a file
-HOLES = 1 << 30  # freed bytes that a C library may keep; 0.7 GiB more than with what was returned were measured
+HOLES = 1 << 30  # freed bytes that a C library may keep; where it kept them, 0.7 GiB were measured, and growing
+LARGE = 1 << 22  # bytes of a tensor whose memory goes back to the system as soon as it is freed
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -233,9 +235,12 @@ def read_into(file: Path, address: int, nbytes: int) -> None:
 
 
 def return_freed() -> None:
-    """Have the C library give the system back what was freed between what is in use, where it can (glibc)."""
+    """Have the C library, where it is glibc, give the system back what lies free between what is in use; large tensors
+    from now on lie apart, or the free places would be many and never of the size that is asked for."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.malloc_trim(0)
 
 
 @contextmanager

@@ -111,7 +111,6 @@ class Job:
             self.dropped = True
             self.may_move.put(None)
             self.thread.join()
-        self.luggage.end()
 
 
 @dataclass
@@ -352,6 +351,8 @@ class Walk:
                     module.forward = forward
             for job in jobs:
                 job.drop()
+            for job in jobs:
+                job.luggage.end()
 
     def pass_part(self, part: Part, here: list[Job], records: list[Record], ends: bool = False) -> Iterator[None]:
         """Take the jobs that wait at a part through it, each up to where it waits next; or to their end here."""
@@ -373,6 +374,7 @@ class Walk:
             del call
             if ends:
                 job.drop()
+                job.luggage.end()
             else:
                 self.advance(job, made)
             del made
