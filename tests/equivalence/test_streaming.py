@@ -16,6 +16,7 @@ import tiny
 import torch
 from made import quantize
 from shared_files import shared
+from tiny_families import families, model_of, picture_inputs, speaker, text_inputs
 from torch import Tensor
 
 import mopeq.embedded
@@ -276,6 +277,51 @@ def test_batches_that_wait_on_disk_change_no_byte(room: int, tmp_path: Path, mon
         quantize(job.folder, tmp_path / "walked", max_memory=layer_bytes(job.spec, job.options), **asked)
     assert len(written) > 100 and not any(path.exists() for path in written)
     assert made.digests(tmp_path / "whole") == made.digests(tmp_path / "walked")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+def test_every_family_waits_on_disk_as_in_memory(family: str, tmp_path: Path) -> None:
+    """Forward and back, text and pictures, everything on disk: the same bits."""
+    model = model_of(family).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    model, job = model.float(), open_job(tmp_path / "source", Options())
+    batches = [inputs(model, seed) for inputs in (text_inputs, picture_inputs) for seed in (0, 1)]
+    batches = [batch for batch in batches if batch is not None]
+    for backward in (False, True):
+        found: list[list[Tensor]] = []
+        for shelf in (Shelf(), Shelf(tmp_path, 0)):
+            try:
+                found.append(answers(Walk(source_parts(job.folder, job.spec), shelf), batches, backward))
+            except CannotWalk:
+                break
+            assert sorted(tmp_path.iterdir()) == [tmp_path / "source"]
+        assert len(found) == 2 or not found
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and (not found or shelf.written)
+
+
+def answers(walk: Walk, batches: list[dict[str, Tensor]], backward: bool) -> list[Tensor]:
+    """Each batch's logits, or the gradients of their squares at the experts' inputs."""
+    found: dict[tuple[int, int], Tensor] = {}
+    layer_of = {id(m): layer.layer for part in walk.parts.parts for layer, m in part.layers}
+
+    def watcher(module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            key = (walk.now, layer_of[id(module)])
+            x_TH.requires_grad_(True).register_hook(lambda g: found.__setitem__(key, g.clone()))
+        return plain_forward(module, x_TH, index_TK, weight_TK)
+
+    def run(number: int, batch: dict[str, Tensor]) -> Tensor:
+        said = speaker(walk.model)(**batch, use_cache=False).logits
+        if not backward:
+            found[number, 0] = said
+        return said.double().square().sum()
+
+    runs = [partial(run, number, batch) for number, batch in enumerate(batches)]
+    with watch(walk.model, watcher):
+        for visit in walk.gradients(runs) if backward else walk.forward(runs):
+            visit.run()
+    return [found[key] for key in sorted(found)]
 
 
 def test_batches_that_go_ahead_end_at_the_last_experts() -> None:

@@ -42,15 +42,13 @@ def test_without_data(shape: dict[str, int], options: dict[str, Any], measured: 
     assert measured <= told <= 1.35 * measured
 
 
-@pytest.mark.parametrize(
-    ("shape", "options", "measured"),
-    [  # the same of an OLMoE by `fisher` and `gptq`, with nothing but tokens that is large
-        ({"experts": 4, "hidden": 1024, "inner": 16, "vocab": 320}, {}, 2.31),
-        ({"experts": 2, "hidden": 2048, "inner": 16, "vocab": 320}, {"calib_tokens": 24576, "bits": "2,3"}, 1.87),
-    ],
-)
-def test_many_tokens(shape: dict[str, int], options: dict[str, Any], measured: float) -> None:
-    assert measured <= layer_bytes(olmoe(**shape), Options(**options)) / GIB <= 1.35 * measured
+@pytest.mark.parametrize("tokens", [24576, 65536])
+def test_many_tokens(tokens: int) -> None:
+    """The same of an OLMoE by `fisher` and `gptq`, with nothing but tokens that is large: 0.95 GiB for either count, and
+    4.02 where 65,536 waited in memory."""
+    shape = {"experts": 2, "hidden": 2048, "inner": 16, "vocab": 320}
+    told = layer_bytes(olmoe(**shape), Options(calib_tokens=tokens, bits="2,3")) / GIB
+    assert 0.95 <= told <= 1.7 * 0.95
 
 
 def test_waiting_tokens_take_disk_and_no_memory(tmp_path: Path) -> None:

@@ -221,9 +221,9 @@ class Record:
         with torch.enable_grad():
             made = self.again(leaves)
         outputs = [made[i] for i in floats(made)]
-        roots = [i for i in self.gradients if outputs[i].requires_grad]
-        found = [self.shelf.take(self.gradients[i]) for i in roots]
-        torch.autograd.backward([outputs[i] for i in roots], found)
+        found = {i: self.shelf.take(ticket) for i, ticket in self.gradients.items()}
+        roots = [i for i in found if outputs[i].requires_grad]
+        torch.autograd.backward([outputs[i] for i in roots], [found.pop(i) for i in roots])
         edges = [(self.kept[i][1], x.grad) for i, x in ins.items() if x.grad is not None]
         del made, outputs
         if edges:  # retained: a border's inputs may share what lies before them with other borders
