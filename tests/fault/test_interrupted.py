@@ -295,6 +295,7 @@ def test_damaged_stage_files(tmp_path: Path) -> None:
 
 def test_a_handover_interrupted_at_any_line_leaves_nobody_waiting() -> None:
     """A walked batch has a thread of its own: wherever a signal meets whoever leads it, the thread can be ended."""
+    from mopeq.walk.shelf import Luggage, Shelf
     from mopeq.walk.walking import Call, Job
 
     nothing: Any = None
@@ -312,7 +313,7 @@ def test_a_handover_interrupted_at_any_line_leaves_nobody_waiting() -> None:
             for _ in range(2):
                 job.stop_at(call)  # noqa: B023 - of this very round
 
-        job = Job(0, run, False)
+        job = Job(0, run, Luggage(Shelf()), False)
         job.go()
         sys.settrace(interrupt)
         try:

@@ -44,8 +44,8 @@ def test_without_data(shape: dict[str, int], options: dict[str, Any], measured: 
 
 @pytest.mark.parametrize("tokens", [24576, 65536])
 def test_many_tokens(tokens: int) -> None:
-    """The same of an OLMoE by `fisher` and `gptq`, with nothing but tokens that is large: 0.95 GiB for either count, and
-    4.02 where 65,536 waited in memory."""
+    """The same of an OLMoE by `fisher` and `gptq`, with nothing but tokens that is large: 0.95 GiB for either count,
+    where 24,576 that waited in memory took 2.64."""
     shape = {"experts": 2, "hidden": 2048, "inner": 16, "vocab": 320}
     told = layer_bytes(olmoe(**shape), Options(calib_tokens=tokens, bits="2,3")) / GIB
     assert 0.95 <= told <= 1.7 * 0.95
@@ -55,11 +55,11 @@ def test_waiting_tokens_take_disk_and_no_memory(tmp_path: Path) -> None:
     """There and back, some ahead: six times the tokens peak at what one batch takes more or less, where all wait in
     memory at all their hidden states; and on disk there is never more than is told."""
     folder = made.source("olmoe", hidden_size=128)
-    few, many = (walked(folder, count, Shelf(tmp_path, 0)) for count in (8, 48))
-    memory, _ = walked(folder, 48, Shelf())
-    states = 4 * 128 * 48 * TOKENS
-    assert many[0] - few[0] < states // 4 and memory - many[0] > 3 * states
-    told = shelf_bytes(open_job(folder, Options()).spec, 48 * TOKENS, 48 * TOKENS, True)
+    few, many = (walked(folder, count, Shelf(tmp_path, 0)) for count in (4, 24))
+    memory, _ = walked(folder, 24, Shelf())
+    states = 4 * 128 * 24 * TOKENS
+    assert many[0] - few[0] < states // 2 and memory - many[0] > 3 * states
+    told = shelf_bytes(open_job(folder, Options()).spec, 24 * TOKENS, 24 * TOKENS, True)
     assert 0.5 * told < many[1] <= told
     assert not list(tmp_path.iterdir())
 

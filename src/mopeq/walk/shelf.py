@@ -168,7 +168,7 @@ class Luggage(TorchFunctionMode):
     def lay_down(self) -> None:
         """The batch stands still: what there is no memory for goes to disk, once where it does not change."""
         for storage, item in list(self.items.items()):
-            if item.counted or item.empty or not storage.resizable():
+            if item.counted or item.empty or not storage.resizable() or storage.nbytes() != item.nbytes:
                 continue
             if item.nbytes <= self.shelf.free:
                 self.shelf.free -= item.nbytes
@@ -178,8 +178,8 @@ class Luggage(TorchFunctionMode):
                 if item.file is not None:
                     item.file.unlink()
                 item.file, item.written = self.shelf.write(storage), item.changes._version
+            item.empty = True  # before it is so: where a signal comes between, it is filled again
             storage.resize_(0)
-            item.empty = True
         if self.shelf.folder is not None and self.shelf.free < HOLES:
             return_freed()
 
