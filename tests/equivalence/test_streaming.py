@@ -279,6 +279,20 @@ def test_batches_that_wait_on_disk_change_no_byte(room: int, tmp_path: Path, mon
     assert made.digests(tmp_path / "whole") == made.digests(tmp_path / "walked")
 
 
+def test_a_disk_without_room_for_what_waits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, and only where it would lie there."""
+    asked: dict[str, Any] = {"sensitivity": "fisher", "calib": (tiny.write_text(tmp_path / "calib.txt"),)}
+    least = layer_bytes(open_job(made.source("olmoe"), Options(**asked)).spec, Options(**asked))
+    monkeypatch.setattr("mopeq.stages.free_bytes", lambda path: 10**6)
+    with silence():
+        quantize(made.source("olmoe"), tmp_path / "out", max_memory=least + 10**9, calib_tokens=64, **asked)
+        monkeypatch.setattr("mopeq.stages.work_memory", lambda job: 0)
+        with pytest.raises(BadInput, match=r"has 0.95 MiB free; .* --sensitivity fisher take [\d.]+ MiB") as error:
+            quantize(made.source("olmoe"), tmp_path / "two", max_memory=least, calib_tokens=4096, **asked)
+    assert "fewer --calib-tokens" in error.value.hint
+    assert not list((tmp_path / "two").rglob("*.npz"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families())
 def test_every_family_waits_on_disk_as_in_memory(family: str, tmp_path: Path) -> None:

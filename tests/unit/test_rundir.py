@@ -122,6 +122,15 @@ def test_digests_follow_every_input() -> None:
     assert len({base, *others}) == 5 and base == stage_digest("sense", seed=0, source="a") and len(base) == 16
 
 
+def test_what_a_killed_run_left_waiting_is_cleared(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    left = run.scratch / "tmp123" / "0.border"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"hidden states")
+    with run.locked():
+        assert not left.exists()
+
+
 def test_one_run_at_a_time_and_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with run.locked():
