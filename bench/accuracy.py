@@ -32,8 +32,10 @@ from mopeq.data.encode import batches, model_inputs
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor
 from mopeq.data.readers import read
+from mopeq.deciding import solve
 from mopeq.evaluate.compare import compare
 from mopeq.evaluate.tasks import task_places
+from mopeq.job import Job, open_job
 from mopeq.models import load_config, load_model, pick_device
 from mopeq.nouns import Format, Sensitivity, members_by_format
 from mopeq.options import Options
@@ -46,7 +48,6 @@ from mopeq.seam import model_layers, weights
 from mopeq.sense import SENSORS
 from mopeq.sense.moments import Moments, collect
 from mopeq.sense.scene import Scene
-from mopeq.stages import Job, open_job, solve
 from mopeq.tables import Row, pick
 from mopeq.tensors import QWeight
 from mopeq.tune import tune_scales

@@ -95,8 +95,8 @@ def main() -> None:
     if asked.theirs:
         run_theirs(asked)
         return
+    from mopeq.job import open_job
     from mopeq.options import Options
-    from mopeq.stages import open_job
 
     params = open_job(asked.model, Options()).spec.expert_params
     rounds = []

@@ -16,11 +16,11 @@ import torch
 
 from mopeq.data.calibration import calibrate_with
 from mopeq.data.encode import model_inputs
+from mopeq.job import open_job
 from mopeq.models import load_config, load_model, pick_device
 from mopeq.options import Options
 from mopeq.sense import quadratic
 from mopeq.sense.scene import Scene
-from mopeq.stages import open_job
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from mopeq.progress import progress, say, silence
 from mopeq.rundir import RunDir
 
 if TYPE_CHECKING:
+    from mopeq.job import Job
     from mopeq.sense.scene import Scene
-    from mopeq.stages import Job
 
 RETRIES = 5  # of a task whose machine is lost; what it threw itself is told at once
 SHARED = ("fisher", "fisher-seq", "error")  # sensors whose batches are items of their own
@@ -61,9 +61,7 @@ def order_of(job: Job, run: RunDir, digest: str, data: str | None) -> Order:
 
 def sense(job: Job, run: RunDir, digest: str, scene: Scene) -> None:
     """Have a cluster make what `sense` keeps: all candidates, then all batches."""
-    from mopeq.stages import runs_whole
-
-    if job.options.sensitivity not in SHARED or not runs_whole(job):
+    if job.options.sensitivity not in SHARED or not job.runs_whole:
         say(f"ray: {job.options.sensitivity} is sensed by this machine alone")
         return
     order = order_of(job, run, digest, scene.data_digest)
@@ -152,28 +150,30 @@ def work(order: Order) -> tuple[int, str, str] | None:
     asked."""
     import torch
 
-    from mopeq import stages
+    from mopeq.checks import load_calibration
+    from mopeq.job import open_job, scene_of, sensed_digest
+    from mopeq.making import quantize_files
 
     torch.set_num_threads(order.threads)
     try:
         with silence():
-            job = stages.open_job(order.model, order.options)
-            calibration = stages.load_calibration(job)
+            job = open_job(order.model, order.options)
+            calibration = load_calibration(job)
             if job.spec.digest != order.source:
                 raise BadInput(f"{order.model} is not the same on all machines", "share one folder between them")
             senses = order.map is None
-            data = stages.sensed_digest(job, calibration) if senses else calibration and calibration.digest
+            data = sensed_digest(job, calibration) if senses else calibration and calibration.digest
             if order.data is not None and data != order.data:
                 raise BadInput("the calibration data is not the same on all machines", "share one folder between them")
             run = RunDir(order.run)
             if senses:
                 from mopeq.sense.quadratic import share
 
-                scene = stages.scene_of(job, run, order.digest, calibration)
+                scene = scene_of(job, run, order.digest, calibration)
                 share(scene, job.options.sensitivity, order.layers, order.batches)
             else:
                 files = {layer: run.layer_path(order.digest, layer) for layer in order.layers}
-                stages.quantize_files(job, run, PrecisionMap.from_json(order.map), files, calibration)
+                quantize_files(job, run, PrecisionMap.from_json(order.map), files, calibration)
     except MopeqError as problem:
         return problem.exit_code, problem.line, problem.hint
     return None

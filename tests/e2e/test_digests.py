@@ -22,6 +22,7 @@ from warm import SOURCES
 import mopeq.embedded
 from mopeq import stream, tensors
 from mopeq.errors import BadInput
+from mopeq.job import open_job
 from mopeq.kernels import build
 from mopeq.nouns import Format, TensorInfo
 from mopeq.options import Options
@@ -29,7 +30,6 @@ from mopeq.packed import content_digest, read_map
 from mopeq.progress import silence
 from mopeq.quant import rtn
 from mopeq.readback import PackedReader
-from mopeq.stages import open_job
 from mopeq.stream import read_layer
 
 WIDE = {"hidden_size": 256, "intermediate_size": 320}  # torch divides work on so many weights among its threads

@@ -260,14 +260,14 @@ def test_what_sensing_quantized_is_taken_over(
     passes: list[int] = []
     monkeypatch.setattr("mopeq.sense.moments.gather", counting(moments.gather, passes))
     if walked:
-        monkeypatch.setattr("mopeq.stages.runs_whole", lambda job: False)
+        monkeypatch.setattr("mopeq.job.Job.runs_whole", False)
     text = tiny.write_text(tmp_path / "calib.txt")
     asked = {"avg_bits": 2.6, "sensitivity": sensor, "method": method, "calib": (text,), "calib_tokens": 16}
     with silence():
         taken = quantize(source("olmoe"), tmp_path / "taken", **asked)
         assert not passes and not list((tmp_path / "taken" / ".mopeq" / "sensitivity").glob("*.parts"))
         if walked:
-            monkeypatch.setattr("mopeq.stages.free_bytes", lambda path: 10**9 if path.name == "again" else 10**5)
+            monkeypatch.setattr("mopeq.checks.free_bytes", lambda path: 10**9 if path.name == "again" else 10**5)
             with pytest.raises(
                 MopeqError, match=r"has [\d.]+ KiB free; layer by layer --sens.* --method .* take [\d.]+ MiB"
             ):

@@ -11,6 +11,7 @@ import torch
 from made import quantize
 
 from mopeq.data.calibration import calibrate_with
+from mopeq.job import open_job
 from mopeq.models import load_config, load_model
 from mopeq.nouns import Format, LinearId
 from mopeq.options import Options
@@ -18,7 +19,6 @@ from mopeq.quant import gptq, rtn, signround
 from mopeq.seam import model_layers, weights
 from mopeq.sense import hessian, hutchinson, quadratic
 from mopeq.sense.scene import Scene
-from mopeq.stages import open_job
 from mopeq.walk.parts import resident
 from mopeq.walk.walking import Walk
 

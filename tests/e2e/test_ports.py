@@ -21,12 +21,12 @@ from mopeq.data.encode import encode_prompt, model_inputs
 from mopeq.data.processor import load_processor
 from mopeq.data.readers import Item
 from mopeq.errors import BadInput
+from mopeq.job import open_job
 from mopeq.models import load_model
 from mopeq.nouns import PrecisionMap
 from mopeq.options import Options
 from mopeq.progress import silence
 from mopeq.readback import load_dense
-from mopeq.stages import open_job
 from mopeq.verbs.run import answer
 from mopeq.verbs.verify import verify
 

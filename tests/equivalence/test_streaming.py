@@ -24,6 +24,7 @@ import mopeq.models
 from mopeq import readback
 from mopeq.data.encode import model_inputs
 from mopeq.errors import BadInput, MopeqError
+from mopeq.job import open_job
 from mopeq.memory import layer_bytes, whole_bytes
 from mopeq.models import load_model
 from mopeq.nouns import LinearId
@@ -34,7 +35,6 @@ from mopeq.rundir import CANDIDATES, Kept
 from mopeq.seam import Seen, plain_forward, watch
 from mopeq.sense import SENSORS, quadratic
 from mopeq.sense.scene import Scene
-from mopeq.stages import open_job
 from mopeq.tables import pick
 from mopeq.verbs.evaluate import evaluate
 from mopeq.walk import shelf as shelf_module
@@ -270,7 +270,7 @@ def test_batches_that_wait_on_disk_change_no_byte(room: int, tmp_path: Path, mon
     written: list[Path] = []
     write = Shelf.write
     monkeypatch.setattr(Shelf, "write", lambda shelf, what: written.append(write(shelf, what)) or written[-1])
-    monkeypatch.setattr("mopeq.stages.work_memory", lambda job: room)
+    monkeypatch.setattr("mopeq.job.Job.work_memory", room)
     with silence():
         quantize(job.folder, tmp_path / "whole", **asked)
         assert not written
@@ -283,10 +283,10 @@ def test_a_disk_without_room_for_what_waits_is_told(tmp_path: Path, monkeypatch:
     """Before any work, and only where it would lie there."""
     asked: dict[str, Any] = {"sensitivity": "fisher", "calib": (tiny.write_text(tmp_path / "calib.txt"),)}
     least = layer_bytes(open_job(made.source("olmoe"), Options(**asked)).spec, Options(**asked))
-    monkeypatch.setattr("mopeq.stages.free_bytes", lambda path: 10**6)
+    monkeypatch.setattr("mopeq.checks.free_bytes", lambda path: 10**6)
     with silence():
         quantize(made.source("olmoe"), tmp_path / "out", max_memory=least + 10**9, calib_tokens=64, **asked)
-        monkeypatch.setattr("mopeq.stages.work_memory", lambda job: 0)
+        monkeypatch.setattr("mopeq.job.Job.work_memory", 0)
         with pytest.raises(BadInput, match=r"has 0.95 MiB free; .* --sensitivity fisher take [\d.]+ MiB") as error:
             quantize(made.source("olmoe"), tmp_path / "two", max_memory=least, calib_tokens=4096, **asked)
     assert "fewer --calib-tokens" in error.value.hint

@@ -8,9 +8,10 @@ import made
 import numpy as np
 import pytest
 
+from mopeq.deciding import decide, held_back, solve
+from mopeq.job import Job, open_job
 from mopeq.nouns import PrecisionMap, Sensitivity
 from mopeq.options import Options
-from mopeq.stages import Job, decide, held_back, open_job, solve
 
 
 def untried(map_: PrecisionMap, uniform: PrecisionMap) -> None:

@@ -6,12 +6,12 @@ import made
 import pytest
 import torch
 
+from mopeq.job import open_job
 from mopeq.models import load_model
 from mopeq.options import Options
 from mopeq.seam import Seen, model_layers, plain_forward, watch
 from mopeq.sense.labels import sampled_loss
 from mopeq.sense.moments import PRIOR_TOKENS, Moments, collect
-from mopeq.stages import open_job
 from mopeq.walk.parts import resident
 from mopeq.walk.walking import Walk
 

@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from made import room, source
 from warm import SOURCES
 
+from mopeq.deciding import solve
 from mopeq.errors import BadInput
 from mopeq.families.standard import read_spec
+from mopeq.job import Job
 from mopeq.nouns import Budget, Format, LinearId, MoESpec, Sensitivity
 from mopeq.options import Options
 from mopeq.packed import split_shards
@@ -40,7 +42,7 @@ from mopeq.plan import (
     target,
     uniform_bytes,
 )
-from mopeq.stages import Job, forecast, solve
+from mopeq.stages import forecast
 
 SLOW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 ALLOCATORS = st.sampled_from(["knapsack", "random", "inverted"])

@@ -718,7 +718,7 @@ def test_a_report_says_no_path_of_the_source(tmp_path: Path, monkeypatch: Any) -
 
 def test_other_budgets_are_solved_from_what_the_allocator_sees(tmp_path: Path) -> None:
     """Costs to the last bit, and all the bytes there are."""
-    from mopeq.stages import item_costs
+    from mopeq.deciding import item_costs
     from mopeq.verbs.map import job_of, run_of, saved_sensitivity
 
     for options in ({"per": "projection"}, {"per": "expert", "other_bits": 8}):

@@ -10,6 +10,9 @@ import pytest
 import tiny
 import torch
 
+from mopeq.checks import load_calibration
+from mopeq.deciding import decide, solve
+from mopeq.job import Job, open_job, scene_of, sense_digest, source_parts
 from mopeq.models import load_model
 from mopeq.nouns import PrecisionMap, make_map
 from mopeq.options import Options
@@ -19,18 +22,7 @@ from mopeq.seam import model_layers, weights
 from mopeq.sense.labels import predicting, predicting_logits
 from mopeq.sense.quadratic import chosen_candidates
 from mopeq.sense.trial import Trial, trial
-from mopeq.stages import (
-    Job,
-    decide,
-    load_calibration,
-    open_job,
-    quantize,
-    scene_of,
-    sense,
-    sense_digest,
-    solve,
-    source_parts,
-)
+from mopeq.stages import quantize, sense
 from mopeq.tensors import QWeight
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mopeq import tune
+from mopeq.job import open_job
 from mopeq.models import load_model
 from mopeq.nouns import Format, MoESpec
 from mopeq.options import Options
 from mopeq.quant import rtn
 from mopeq.seam import model_layers, weights
 from mopeq.sense.scene import Batch
-from mopeq.stages import open_job
 from mopeq.tensors import QWeight
 
 Pieces = dict[tuple[int, str], list[tuple[list[int], QWeight]]]

@@ -11,14 +11,15 @@ import numpy as np
 
 from mopeq.alloc.baselines import costs_from_scores
 from mopeq.checkpoint import read_json
+from mopeq.deciding import item_costs, solve
 from mopeq.errors import BadInput
+from mopeq.job import Job
 from mopeq.nouns import Format, MoESpec, PrecisionMap, Sensitivity
 from mopeq.plan import other_outputs
 from mopeq.report.explore import Explorer
 from mopeq.report.facts import MODALITIES, Missing, whole_number
 from mopeq.report.study import Study, minmax_product
 from mopeq.report.study import study as study_of
-from mopeq.stages import Job, item_costs, solve
 from mopeq.verbs.map import job_of, run_of, saved_sensitivities, saved_sensitivity
 
 # ------------------------------------------------------------------------------------------- another budget

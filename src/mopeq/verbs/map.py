@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mopeq.checkpoint import read_json
+from mopeq.deciding import decide, tried
 from mopeq.errors import BadInput
+from mopeq.job import Job, open_job
 from mopeq.nouns import PrecisionMap, Sensitivity
 from mopeq.options import Options
 from mopeq.packed import RUN, read_map
 from mopeq.progress import say
 from mopeq.rundir import RunDir, read_sensitivity
 from mopeq.sense import SENSORS
-from mopeq.stages import Job, decide, open_job, skips_sense, tried
 
 
 def show(
@@ -62,7 +63,7 @@ def solve_again(path: Path, avg_bits: float | None, fit: str | int | None) -> tu
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise BadInput(f"{record} is damaged: {problem}", "copy or make the checkpoint again") from None
     sensitivity = None
-    if not skips_sense(job):
+    if not job.skips_sense:
         sensitivity = saved_sensitivity(run, facts, job)
         if sensitivity is None:
             raise BadInput(f"{run.path} holds no {job.options.sensitivity} sensitivity", "quantize once with --run DIR")

@@ -14,6 +14,7 @@ from mopeq.alloc import NO_BUDGET
 from mopeq.checkpoint import open_checkpoint, read_json
 from mopeq.errors import BadInput
 from mopeq.families.standard import roles
+from mopeq.job import NO_SENSE
 from mopeq.nouns import PADDING, MoELayer, PrecisionMap, TensorInfo, size_text
 from mopeq.options import DEFAULT_AVG_BITS
 from mopeq.packed import MANIFEST, RUN, check_sizes, content_digest, read_map, write_atomic
@@ -32,7 +33,6 @@ from mopeq.report.facts import (
     widths_of,
 )
 from mopeq.sense import SENSORS
-from mopeq.stages import NO_SENSE
 from mopeq.verbs.budgets import BYTES, gather_explorer, gather_study
 from mopeq.verbs.contrast import contrasts
 from mopeq.verbs.map import saved_sensitivities
