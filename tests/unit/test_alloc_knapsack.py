@@ -216,6 +216,24 @@ def test_steps_nearly_equal_are_shared_exactly():
     assert weight_IF[np.arange(items), found.choice_I].sum() == total
 
 
+def test_shares_as_hard_to_spend_as_the_whole_are_not_tried(monkeypatch):
+    """[130, 136] and [136, 130] at 1, 3 and 8 bits, groups of 32 and 128: a sharing would take seconds, thousands
+    would be tried."""
+    gate, down = [3595, 2764, 8175, 7248, 19630, 18460], [3757, 2890, 8279, 7310, 19720, 18496]
+    weight_IF = np.array([gate] * 24 + [down] * 12)
+    cost_IF = costs(36, [1, 1, 3, 3, 8, 8], 0.3, seed=0)
+    monkeypatch.setattr(knapsack, "cheapest_split", too_wide)
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "WORK_LIMIT", 100_000)
+        found = solve(cost_IF, weight_IF, 474_879, 830)
+    assert 474_879 - 830 <= weight_IF[np.arange(36), found.choice_I].sum() <= 474_879
+    tried = []
+    monkeypatch.setattr(knapsack, "cheapest", lambda *asked: tried.append(asked) or (found.choice_I, 0.0))
+    total = int(weight_IF[np.arange(36), found.choice_I].sum())
+    assert solve(cost_IF, weight_IF, total).cost == pytest.approx(found.cost)
+    assert [len(asked) for asked in tried] == [3]  # all together, once, with all the work allowed
+
+
 @pytest.mark.parametrize("kind", ["zero", "equal", "few values", "falling faster and faster"])
 def test_ties_do_not_make_it_slow_or_wrong(kind):
     items, offsets = 5000, np.array([274, 292, 403, 422, 532, 552])

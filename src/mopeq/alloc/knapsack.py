@@ -11,7 +11,7 @@ bytes come first; cost decides among these.
 
 Where shapes differ oddly (2967 units a bit for one projection, 2968 for another), the exact total dictates how many
 units go to which shape, far from where the costs alone would put them. Then `split.py` decides first how the total is
-shared, and the core spends each share.
+shared, and the core spends each share. Where a share would be as hard to spend as the whole, it is not shared.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mopeq.errors import BadInput
 
 FIRST_TRY = 200_000  # work given to treating all shapes together before splitting the total among them
 MOST_PARTS = 8  # steps among which a total is shared
+WIDEST_SHARED = 512  # steps that one item may move; beyond it a share takes seconds to spend, and there are thousands
 LARGEST = 2**48  # of a first-level cost times the units of a move: sums of a few thousand stay within 64 bits
 
 
@@ -107,8 +108,9 @@ def _solve(cost_IF: Floats, weight_IF: Ints, bytes_IF: Ints | None, total: int) 
 def _spend(items: Items, need: int, two_levels: bool) -> tuple[Ints | None, float]:
     """The cheapest choice of `need` units and its gap: all shapes together, or if that grows too wide, by shares; last
     all together again, with all the work allowed. The first answer without a gap, else that of the least gap."""
-    edges = hull_edges(items)
-    if two_levels or not 1 < len(parts := by_step(items)) <= MOST_PARTS:
+    edges, parts = hull_edges(items), by_step(items)
+    widest = max(int(part.items.units_IF.max()) for part in parts)
+    if two_levels or not 1 < len(parts) <= MOST_PARTS or widest > WIDEST_SHARED:
         return cheapest(items, edges, need)
     best: tuple[Ints | None, float] | None = None
     for search in (

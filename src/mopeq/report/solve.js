@@ -3,7 +3,7 @@
 // sides compute in float64, so the maps are the same, ties included.
 const MopeqSolver = (() => {
   "use strict";
-  const DEAR = 0.01, WORK_LIMIT = 10_000_000, FIRST_TRY = 200_000, MOST_PARTS = 8;
+  const DEAR = 0.01, WORK_LIMIT = 10_000_000, FIRST_TRY = 200_000, MOST_PARTS = 8, WIDEST_SHARED = 512;
   const MOST_CELLS = 2_000_000, MOST_PASSES = 100, MOST_SHARINGS = 20_000_000, MOST_STEPS = 50_000_000, MOST_TRIALS = 2_000;
   const MOST_BITS = 2 ** 27; // of the set of reachable sums; the browser's integers end at 2^30
   class TooWide extends Error {}
@@ -461,7 +461,8 @@ const MopeqSolver = (() => {
   /** All shapes together, or if that grows too wide, by shares; last together again with all the work allowed. */
   function spend(items, edges, parts, need) {
     let best = null;
-    if (parts.length < 2 || parts.length > MOST_PARTS) best = attempt(() => cheapest(items, edges, need));
+    const wide = parts.some((p) => p.items.units.some((row) => row.some((u) => u > WIDEST_SHARED)));
+    if (parts.length < 2 || parts.length > MOST_PARTS || wide) best = attempt(() => cheapest(items, edges, need));
     else
       for (const way of [
         () => cheapest(items, edges, need, FIRST_TRY),
