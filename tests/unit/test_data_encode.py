@@ -151,6 +151,11 @@ def test_windows_are_the_joined_documents(words, texts: list[str], window: int) 
     assert whole == (joined if len(joined) % window != 1 else joined[:-1])
 
 
+def test_a_model_of_one_position_is_refused(words) -> None:
+    with pytest.raises(BadInput, match="at least 2 tokens, the model has 1 position"):
+        next(cut(["two words"], words, 1))
+
+
 def test_end_of_text_falls_back() -> None:
     assert end_of_text(SimpleNamespace(eos_token_id=0, sep_token_id=4)) == (0, "eos")
     assert end_of_text(SimpleNamespace(eos_token_id=None, sep_token_id=4)) == (4, "sep")

@@ -164,9 +164,14 @@ def windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[Tenso
     """Documents joined by the end-of-text id and cut into windows: LongTensors [window], the last one shorter; read
     and tokenized as they are asked for.
 
-    No special tokens are added. A remainder of one token is dropped, as it predicts nothing.
+    No special tokens are added. A remainder of one token is dropped, as it predicts nothing. BadInput for a window of
+    one token: all that a config of one position leaves.
     """
-    assert window >= 2
+    if window < 2:
+        raise BadInput(
+            f"a window of text holds at least 2 tokens, the model has {window} position",
+            "correct max_position_embeddings in config.json",
+        )
     ids: list[int] = []
     started = False
     for text in texts:
