@@ -38,7 +38,7 @@ from mopeq.sense.scene import Scene
 from mopeq.tables import pick
 from mopeq.verbs.evaluate import evaluate
 from mopeq.walk import shelf as shelf_module
-from mopeq.walk.parts import CannotWalk, Parts, source_parts
+from mopeq.walk.parts import CannotWalk, Part, Parts, Resident, source_parts
 from mopeq.walk.shelf import Shelf
 from mopeq.walk.walking import Walk
 
@@ -336,6 +336,58 @@ def answers(walk: Walk, batches: list[dict[str, Tensor]], backward: bool) -> lis
         for visit in walk.gradients(runs) if backward else walk.forward(runs):
             visit.run()
     return [found[key] for key in sorted(found)]
+
+
+class Leans(torch.nn.Module):
+    """A layer that is given a table, or takes its model's."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.linear, self._model = torch.nn.Linear(64, 64), (model,)
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        return x + self.linear(x) * (self._model[0].table if table is None else table)
+
+
+class MakesOnce(torch.nn.Module):
+    """The first batch makes the table of all."""
+
+    def __init__(self, gives: bool):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Leans(self) for _ in range(3))
+        self.table, self.gives = None, gives
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(64.0).cos() * torch.ones(32, 1)
+        for layer in self.layers:
+            x = layer(x, self.table) if self.gives else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("gives", [False, True])
+def test_a_table_that_one_batch_makes_and_only_layers_use(gives: bool, tmp_path: Path) -> None:
+    model: Any = MakesOnce(gives).requires_grad_(False)
+    parts = [Part(f"layers.{i}", layer, True, (1, i), ()) for i, layer in enumerate(model.layers)]
+    inputs = [torch.randn(32, 64) for _ in range(3)]
+    found: list[list[Tensor]] = []
+
+    def run(x: Tensor) -> Tensor:
+        y = model(x)
+        found[-1].append(y.detach().clone())
+        return y.square().sum()
+
+    for backward in (False, True):
+        for shelf in (Shelf(), Shelf(tmp_path, 0)):
+            model.table, walk = None, Walk(Resident(model, parts, "cpu"), shelf)
+            xs = [x.clone().requires_grad_(backward) for x in inputs]
+            runs = [partial(run, x) for x in xs]
+            found.append([])
+            for visit in walk.gradients(runs) if backward else walk.forward(runs):
+                visit.run()
+            found[-1] += [x.grad for x in xs if x.grad is not None]
+        assert all(torch.equal(a, b) for a, b in zip(*found[-2:], strict=True)) and shelf.written
+    assert len(found[-1]) == 2 * len(inputs) and not list(tmp_path.iterdir())
 
 
 def test_batches_that_go_ahead_end_at_the_last_experts() -> None:

@@ -120,6 +120,46 @@ def test_what_others_use_is_left_alone(tmp_path: Path) -> None:
     assert not plain.items and not empty(kept)
 
 
+def test_what_may_change_uncounted_is_left_alone(tmp_path: Path) -> None:
+    """Versions do not count what is done through `.data`, and nobody can empty what a pointer is held to."""
+    shelf = Shelf(tmp_path, 0)
+    luggage = Luggage(shelf)
+    tensor, other = made(luggage, seed=1), made(luggage, seed=2)
+    before = tensor.clone()
+    luggage.lay_down()
+    luggage.pick_up()
+    with luggage.watching():
+        tensor.data.add_(1)
+        alias = torch.from_dlpack(other)
+    luggage.lay_down()
+    luggage.pick_up()
+    assert torch.equal(tensor, before + 1)
+    other.add_(1)
+    assert torch.equal(alias, other) and files(shelf) == 0
+
+
+def test_tensors_of_inference_mode_are_left_alone(tmp_path: Path) -> None:
+    luggage = Luggage(Shelf(tmp_path, 0))
+    with luggage.watching(), torch.inference_mode():
+        tensor = torch.ones(SIZE) + 1
+    luggage.lay_down()
+    assert not empty(tensor) and bool((tensor == 2).all())
+
+
+def test_a_part_fills_what_it_uses_of_another_batch(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, 0)
+    one, other = Luggage(shelf), Luggage(shelf)
+    table = made(one)
+    before = table.clone()
+    one.lay_down()
+    with other.using():
+        part = table * 2
+    assert torch.equal(part, before * 2)
+    one.lay_down()
+    other.lay_down()
+    assert not empty(table) and not empty(part)
+
+
 def test_what_stays_outlives_its_batch(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, 0)
     luggage = Luggage(shelf)

@@ -28,6 +28,8 @@ LEAST = 1 << 16  # bytes that are worth a file
 HOLES = 1 << 30  # freed bytes that a C library may keep; where it kept them, 0.7 GiB were measured, and growing
 LARGE = 1 << 22  # bytes of a tensor whose memory goes back to the system as soon as it is freed
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# whose users' changes no version counts
+UNCOUNTED = (Tensor.data.__get__, Tensor.data_ptr, Tensor.__dlpack__)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ class Luggage(TorchFunctionMode):
     """What a batch has made and still holds, in variables and graphs that nobody sees: known, by storage, since torch's
     functions returned it while this mode was on, or a part did. Without a folder nothing is looked at.
 
-    It is for what the batch alone uses. What another one is seen to use too (a table that a model makes once) is filled
-    again and then left alone. Until the batch has ended (`end`), nobody else must use what it made.
+    It is for what the batch alone uses. What another one is seen to use too (a table that a model makes once), there or
+    in a part (`using`), is filled again and then left alone. Until the batch has ended (`end`), nobody else must use
+    what it made.
     """
 
     def __init__(self, shelf: Shelf):
@@ -122,20 +125,31 @@ class Luggage(TorchFunctionMode):
     def watching(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.shelf.folder is None else self
 
+    def using(self) -> AbstractContextManager[Any]:
+        """For the time that a part runs for the batch: what is made there is the part's."""
+        return nullcontext() if self.shelf.folder is None else Using(self)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage for storage, _ in storages((args, kwargs))}
-        for storage in given:
-            self.share(storage)
+        given = self.use(func, (args, kwargs))
         made = func(*args, **(kwargs or {}))
         self.see(made, given)
         return made
+
+    def use(self, func: Any, given: Any) -> set[UntypedStorage]:
+        """See to it that a function finds what it is given, a tree with tensors: their storages."""
+        found = {storage for storage, _ in storages(given)}
+        for storage in found:
+            if func in UNCOUNTED:
+                self.leave(storage)
+            self.share(storage)
+        return found
 
     def see(self, made: Any, besides: Iterable[UntypedStorage] = ()) -> None:
         """Count what was made, a tree with tensors, as the batch's, except what shares its memory with others."""
         if self.shelf.folder is None:
             return
         for storage, tensor in storages(made):
-            if storage in besides or storage.nbytes() < LEAST or not storage.resizable():
+            if storage in besides or storage.nbytes() < LEAST or not storage.resizable() or tensor.is_inference():
                 continue
             if storage in self.shelf.owners:
                 self.share(storage)
@@ -148,8 +162,13 @@ class Luggage(TorchFunctionMode):
 
     def share(self, storage: UntypedStorage) -> None:
         """Leave alone what another batch made and this one uses."""
+        if self.shelf.owners.get(storage) is not self:
+            self.leave(storage)
+
+    def leave(self, storage: UntypedStorage) -> None:
+        """Have a storage, whoever made it, filled and nobody's from now on."""
         owner = self.shelf.owners.get(storage)
-        if owner is not None and owner is not self:
+        if owner is not None:
             owner.fill(storage, owner.items[storage])
             owner.forget(storage)
 
@@ -207,6 +226,18 @@ class Luggage(TorchFunctionMode):
             if not item.stays:
                 self.fill(storage, item)
                 self.forget(storage)
+
+
+class Using(TorchFunctionMode):
+    """Fills what other batches than `luggage`'s have made as it is used."""
+
+    def __init__(self, luggage: Luggage):
+        super().__init__()
+        self.luggage = luggage
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.luggage.use(func, (args, kwargs))
+        return func(*args, **(kwargs or {}))
 
 
 def storages(tree: Any) -> Iterator[tuple[UntypedStorage, Tensor]]:

@@ -169,7 +169,7 @@ class Record:
         if any(isinstance(x, Cache) for x in self.leaves):
             raise CannotWalk(f"{self.call.part.name} fills a cache")
         before = [(id(x), x._version) if isinstance(x, Tensor) else id(x) for x in self.leaves]
-        with torch.no_grad():
+        with torch.no_grad(), self.luggage.using():
             made = self.call.run()
         after = tree_flatten((self.call.args, self.call.kwargs))[0]
         if before != [(id(x), x._version) if isinstance(x, Tensor) else id(x) for x in after]:
@@ -218,7 +218,7 @@ class Record:
         for i, (ticket, _) in self.kept.items():
             leaves[i] = self.shelf.take(ticket)
         ins = {i: leaves[i].requires_grad_() for i, (_, edge) in self.kept.items() if edge is not None}
-        with torch.enable_grad():
+        with torch.enable_grad(), self.luggage.using():
             made = self.again(leaves)
         outputs = [made[i] for i in floats(made)]
         found = {i: self.shelf.take(ticket) for i, ticket in self.gradients.items()}
@@ -362,10 +362,10 @@ class Walk:
             job.luggage.pick_up()
             call, job.call = job.call, None
             if not job.differentiable or not (part.layers or needs_gradient(call)):
-                with torch.no_grad():
+                with torch.no_grad(), job.luggage.using():
                     made = call.run()
             elif part.order[0] == HEAD:  # its graph is short-lived: the loss follows at once
-                with torch.enable_grad():
+                with torch.enable_grad(), job.luggage.using():
                     made = call.run()
             else:
                 records.append(Record(job.number, call, job.luggage))
