@@ -41,6 +41,18 @@ def test_it_builds_where_there_is_a_compiler() -> None:
     assert (build.library()[0] is not None) == (build.compiler() is not None), build.library()[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cc", ["gcc", "clang"])
+@pytest.mark.parametrize("file", [build.SOURCE, build.ROUND, build.GPTQ, build.FORMS], ids=lambda file: file.stem)
+def test_each_compiler_understands_all_of_it(cc: str, file: Path, tmp_path: Path) -> None:
+    """Clang only warns where it ignores what instructions a function is for."""
+    if shutil.which(cc) is None:
+        pytest.skip(f"no {cc}")
+    flags = (*build.FLAGS, "-O1", "-c", "-Werror", "-Wno-unused-command-line-argument", "-o", str(tmp_path / "made.o"))
+    done = subprocess.run([cc, *flags, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def levels() -> list[int]:
     lib = build.library()[0]
     return list(range(lib.mopeq_level() + 1)) if lib is not None else [0]

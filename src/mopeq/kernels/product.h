@@ -18,7 +18,12 @@
 #define EACH_LANE for (int l = 0; l < lanes; l++)
 #define UNROLL _Pragma("GCC unroll 8")
 #define WITH_AVX2 __attribute__((target("avx2,fma")))
-#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#ifdef __clang__ /* which ignores all of an attribute where it does not know a part */
+#define WIDE ""
+#else
+#define WIDE ",prefer-vector-width=512"
+#endif
+#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" WIDE)))
 
 enum { LANES = 64, FEW_LANES = 16 }; /* of a tile */
 enum { NONE, AVX2, AVX512, AMX };    /* sets of instructions, each with those before */
@@ -74,7 +79,7 @@ INLINE void product(int rows, int64_t n, const float *a, int64_t stride, const f
 
 /* The same by AMX, 64 lanes; n and rows are rounded up to 32. `a` is bf16; b [n / 2, 64] holds bf16 of two rows each. */
 #if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
-#define WITH_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,prefer-vector-width=512")))
+#define WITH_AMX __attribute__((target("amx-tile,amx-bf16,avx512f" WIDE)))
 
 WITH_AMX static void product_amx(int rows, int64_t n, const uint16_t *a, int64_t stride, const uint32_t *b, float *c,
                                  int add) {
