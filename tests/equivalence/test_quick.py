@@ -111,14 +111,21 @@ def test_the_kernel(which: int, monkeypatch: Any) -> None:
 
 
 class Shifted(nn.Module):
-    """Gemma's norm: weights around 0."""
+    """Gemma's norm: weights around 0, or around another number."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, around: int = 0):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(size)), 1e-6
+        self.weight, self.eps, self.around = nn.Parameter(torch.zeros(size)), 1e-6, around
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x, (x.shape[-1],), 1 + self.weight, self.eps)
+        return nn.functional.rms_norm(x, (x.shape[-1],), 1 - self.around + self.weight, self.eps)
+
+
+def test_each_norm_of_a_class_is_tried() -> None:
+    for kinds in ((0, 1), (1, 0)):
+        module = nn.ModuleList(Shifted(40, around) for around in kinds)
+        quick.quicken(module)
+        assert ["forward" in vars(child) for child in module] == [around == 1 for around in kinds]
 
 
 def test_norms(monkeypatch: Any) -> None:

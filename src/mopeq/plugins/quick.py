@@ -23,15 +23,11 @@ FAILS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)  # of 
 
 def quicken(model: nn.Module) -> None:
     """Have a model's RMS norms and routers run so. Results differ from the modules' own in their last bits."""
-    tried: dict[Any, bool] = {}
     for module in model.modules():
         if "forward" in vars(module):
             continue
         if has_a_norms_parts(module):
-            kind = type(module), module.weight.shape, eps_of(module)
-            if kind not in tried:
-                tried[kind] = is_rms_norm(module)
-            if tried[kind]:
+            if is_rms_norm(module):  # each is tried: one class may hold several kinds
                 module.forward = partial(norm, module)  # and no method, which could not be pickled
         elif has_a_routers_parts(module):
             rule = rule_of(module)
