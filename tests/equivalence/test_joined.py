@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from copy import deepcopy
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_results_are_those_of_each_alone(launches: list[int]) -> None:
             assert torch.allclose(block(x), wanted, atol=1e-6)
     assert launches == [3, 2] * 2
     assert block.q_proj.joined is block.v_proj.joined and block.gate_proj.joined is not block.q_proj.joined
-    assert block.q_proj.joined is not None and block.q_proj.joined.given is None and not block.q_proj.joined.waiting
+    assert block.q_proj.joined is not None and block.q_proj.joined.waiting is None
 
 
 def test_compiled_in_one_graph(launches: list[int]) -> None:
@@ -114,6 +115,43 @@ def test_a_copy_has_its_own(launches: list[int]) -> None:
     assert copy.q_proj.joined is not block.q_proj.joined
     assert copy.q_proj.joined is not None and copy.q_proj.joined.members[1] is copy.k_proj
     assert torch.equal(copy(x), block(x)) and launches == [3, 2] * 2
+
+
+def test_threads_that_share_a_model_take_their_own(launches: list[int], monkeypatch: Any) -> None:
+    """Another call in the middle of each step of one: products are of the tensor that was given, or made anew."""
+    block, others = Block(), []
+    wanted = (x := torch.randn(2, 96), torch.randn(2, 96))
+    results = [block.k_proj(t) for t in wanted]
+    join(block)
+    setting = Joined.__setattr__
+
+    def interrupted(self: Any, name: str, value: Any) -> None:
+        setting(self, name, value)
+        if name in ("given", "waiting") and value and not others:
+            others.append(None)
+            block.q_proj(wanted[1])
+
+    monkeypatch.setattr(Joined, "__setattr__", interrupted)
+    block.q_proj(x)
+    assert torch.allclose(block.k_proj(wanted[1]), results[1], atol=1e-6)
+    assert torch.allclose(block.k_proj(x), results[0], atol=1e-6)
+
+
+def test_moved_matrices_are_one_arena_again(launches: list[int]) -> None:
+    """And the old one is let go, though it is on a GPU."""
+    made = [packed(out, 104, Format(4, 32)) for out in (72, 17)]
+    rows = [m.rows(slice(None), torch.float32) for m in made]
+    joint = Joined(made)
+    old = joint.arena()
+    assert old is not None and joint.arena() is old
+    gone = weakref.ref(old.data)
+    del old
+    for m in made:
+        m._apply(torch.clone)
+    assert joint.made is None and gone() is None
+    assert joint.arena() is not None and joint.arena() is joint.arena()
+    for m, row in zip(made, rows, strict=True):
+        assert torch.equal(m.rows(slice(None), torch.float32), row)
 
 
 @pytest.mark.parametrize("fmt", [Format(4, 32), Format(3, 64), Format(8, 32, "s"), Format(6, 32)])

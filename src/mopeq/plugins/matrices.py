@@ -63,6 +63,13 @@ class PackedMatrix(Numbered):
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
         self.sealed = False
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """torch's, which casts and moves; what kernels made of a tensor that is elsewhere now is let go."""
+        done, kept = super()._apply(fn, recurse), self.__dict__.get("_triton_layer")
+        if kept is not None and kept[0].arena.data is not self._buffers.get("arena_data"):
+            del self.__dict__["_triton_layer"]
+        return done
+
     @property
     def dtype(self) -> torch.dtype:
         return self.like_.dtype
@@ -206,6 +213,12 @@ class PackedLinear(PackedMatrix):
         self.bias = original.bias
         self.joined: Joined | None = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        done = super()._apply(fn, recurse)
+        if self.joined is not None:
+            self.joined.let_go()
+        return done
+
     def forward(self, x: Tensor) -> Tensor:
         y = None if self.joined is None else self.joined.product(self, x)
         if y is None:
@@ -230,8 +243,9 @@ class Joined:
         self.members = tuple(members)
         self.sizes = [m.out_features for m in members]
         self.made: tuple[Arena, list[Tensor]] | None = None
-        self.waiting: dict[int, Tensor] = {}  # a member's number -> its product
-        self.given: tuple[Tensor, int] | None = None  # with what the first was called, and that tensor's version
+        # with what the first was called, that tensor's version, and by the others' numbers their products; one tuple,
+        # so that of threads that share the model none takes another's
+        self.waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
         self.on = True
         for m in members:
             m.joined = self
@@ -241,25 +255,27 @@ class Joined:
         if member is not self.members[0]:
             return self.take(member, x)
         if not (self.on and joins(self, x)):
-            self.given, self.waiting = None, {}
+            self.waiting = None
             return None
         if torch.compiler.is_compiling():
             y = opaque_joined(x, member.number, sum(self.sizes))
         else:
             y = joined(self, x)
         first, *others = y.split(self.sizes, -1)
-        self.given = x, version(x)
-        self.waiting = {m.number: part for m, part in zip(self.members[1:], others, strict=True)}
+        products = {m.number: part for m, part in zip(self.members[1:], others, strict=True)}
+        self.waiting = x, version(x), products
         return first
 
     def take(self, member: PackedLinear, x: Tensor) -> Tensor | None:
-        if self.given is None:
+        waiting = self.waiting
+        if waiting is None:
             return None
-        (given, at), found = self.given, self.waiting.pop(member.number, None)
-        if not self.waiting:
-            self.given = None
+        given, at, products = waiting
+        found = products.pop(member.number, None)
+        if not products:
+            self.waiting = None
         if found is None or given is not x or at != version(x):
-            self.on, self.given, self.waiting = False, None, {}
+            self.on, self.waiting = False, None
             return None
         return found
 
@@ -268,13 +284,22 @@ class Joined:
         from mopeq.kernels import arena
 
         held = [m._buffers.get("arena_data") for m in self.members]
-        if all(t is None for t in held) and len({m.place for m in self.members}) == 1:
+        self.let_go()
+        whole = self.made is None and len({t is None for t in held}) == 1  # all are stored, or all have been moved
+        if whole and len({m.place for m in self.members}) == 1:
             self.made = arena.joined([PackedMatrix.arena(m) for m in self.members])
             for m, part in zip(self.members, self.made[1], strict=True):
                 m.register_buffer("arena_data", part, persistent=False)
         elif self.made is None or any(t is not part for t, part in zip(held, self.made[1], strict=True)):
             return None
         return self.made[0]
+
+    def let_go(self) -> None:
+        """Of an arena that no member has any more, since all have been moved or loaded anew."""
+        made = () if self.made is None else self.made[1]
+        if not any(m._buffers.get("arena_data") is part for m, part in zip(self.members, made, strict=False)):
+            self.made = None
+            self.__dict__.pop("_triton_layer", None)
 
 
 def version(x: Tensor) -> int:
