@@ -71,17 +71,26 @@ def launch(x: Tensor, weight: Tensor, correction: Any, logits: Tensor, weights: 
     from mopeq.kernels.routers_kernels import route as kernel
 
     (tokens, k), (experts, hidden) = index.shape, weight.shape
-    key = x.device, weight.data_ptr()
-    if key not in _arrived:
-        _arrived[key] = torch.zeros(FEW, dtype=torch.int32, device=x.device)
     width = 1 << (hidden - 1).bit_length()
     with triton.on(x):
         kernel[(experts, tokens)](
-            x, weight, correction, logits, weights, index, _arrived[key], H=hidden, E=experts, K=k, SOFTMAX=softmax,
+            x, weight, correction, logits, weights, index, counters(weight), H=hidden, E=experts, K=k, SOFTMAX=softmax,
             NORMALIZED=normalized, CORRECTED=correction is not None, SCALE=scale, BH=width,
             EP=1 << (experts - 1).bit_length(), KP=1 << (k - 1).bit_length(), num_warps=max(1, min(8, width // 4096)),
             **triton.following(x),
         )  # fmt: skip
+
+
+def counters(weight: Tensor) -> Tensor:
+    """What the programs of one router count in: zeros, and zeros again when they have ended. What is made while a CUDA
+    graph is captured is that graph's own, which clears it at each replay; others must not have it."""
+    key = weight.device, weight.data_ptr()
+    if (kept := _arrived.get(key)) is not None:
+        return kept
+    made = torch.zeros(FEW, dtype=torch.int32, device=weight.device)
+    if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _arrived[key] = made
+    return made
 
 
 def refuses(x: Tensor) -> bool:
