@@ -146,7 +146,10 @@ def check_memory(job: Job) -> None:
         allows = "the machine has free" if o.memory_bytes is None else "--max-memory allows"
         what = f"{' and '.join(o.needs_data)} take" if o.needs_data else "one layer at a time, making it takes"
         less = ", or --sensitivity hessian --method rtn, which take least" if o.needs_data else ""
-        raise BadInput(f"{what} {size_text(need)}, {allows} {size_text(limit)}", f"try --max-memory {need}{less}")
+        takes, has = size_text(need), size_text(limit)
+        if takes == has:
+            takes, has = f"{need:,} bytes", f"{limit:,}"
+        raise BadInput(f"{what} {takes}, {allows} {has}", f"try --max-memory {need}{less}")
 
 
 def check_weights(job: Job) -> None:

@@ -18,6 +18,8 @@ import pytest
 import torch
 from headers import olmoe
 
+from mopeq.checks import check_memory
+from mopeq.errors import BadInput
 from mopeq.job import open_job
 from mopeq.memory import PROCESS, layer_bytes, loaded_bytes, shelf_bytes, whole_bytes
 from mopeq.options import Options
@@ -125,3 +127,11 @@ def test_an_adapter_asks_for_all_experts() -> None:
     spec = olmoe(experts=256, hidden=256, inner=128)
     some, every = (layer_bytes(replace(spec, adapted=adapted), Options(**DATA_FREE)) for adapted in (False, True))
     assert every - some == 10 * spec.layers[0].params * (256 - 9) // 256
+
+
+def test_a_refusal_by_a_byte_tells_bytes() -> None:
+    folder = made.source("olmoe")
+    need = layer_bytes(open_job(folder, Options(**DATA_FREE)).spec, Options(**DATA_FREE))
+    check_memory(open_job(folder, Options(**DATA_FREE, max_memory=str(need))))
+    with pytest.raises(BadInput, match=f"takes {need:,} bytes, --max-memory allows {need - 1:,}$"):
+        check_memory(open_job(folder, Options(**DATA_FREE, max_memory=str(need - 1))))
