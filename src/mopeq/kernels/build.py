@@ -22,11 +22,7 @@ ROUND = Path(__file__).with_name("round.c")
 GPTQ = Path(__file__).with_name("gptq.c")
 FORMS = Path(__file__).with_name("forms.c")
 PRODUCT = Path(__file__).with_name("product.h")
-PARTS = {
-    SOURCE: (SOURCE.with_name("cpu_tile.h"),),
-    GPTQ: (PRODUCT,),
-    FORMS: (PRODUCT,),
-}  # what a file includes from beside it
+PARTS = {SOURCE: (SOURCE.with_name("cpu_tile.h"),), GPTQ: (PRODUCT,), FORMS: (PRODUCT,)}  # what a file includes
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 BEST = 3  # the widest set of instructions that product.h knows
 OPENMP = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*$")
@@ -106,30 +102,28 @@ def rounding() -> ctypes.CDLL | None:
     return lib
 
 
-def for_x86(file: Path) -> ctypes.CDLL | None:
+def shared_job(file: Path) -> ctypes.CDLL | None:
+    """A file that product.h serves, set to its best instructions; its `mopeq_<file>` does a thread's share of a job."""
     lib, _ = compiled(file) if platform.machine() in ("x86_64", "AMD64") else (None, "")
+    if lib is None or not getattr(lib, f"mopeq_{file.stem}_set")(BEST):
+        return None
+    getattr(lib, f"mopeq_{file.stem}").argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     return lib
 
 
 @cache
 def feedback() -> ctypes.CDLL | None:
     """Rounding with feedback and coordinate descent (gptq.c), or None: torch does the same, more slowly."""
-    lib = for_x86(GPTQ)
-    if lib is None or not lib.mopeq_gptq_set(BEST):
-        return None
-    lib.mopeq_gptq.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    lib.mopeq_gptq_tiled.argtypes = (ctypes.c_int, ctypes.c_int64)
+    lib = shared_job(GPTQ)
+    if lib is not None:
+        lib.mopeq_gptq_tiled.argtypes = (ctypes.c_int, ctypes.c_int64)
     return lib
 
 
 @cache
 def forms() -> ctypes.CDLL | None:
     """What candidates change in the loss (forms.c), or None: torch does the same, more slowly."""
-    lib = for_x86(FORMS)
-    if lib is None or not lib.mopeq_forms_set(BEST):
-        return None
-    lib.mopeq_forms.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    return lib
+    return shared_job(FORMS)
 
 
 def declared(lib: ctypes.CDLL) -> ctypes.CDLL:

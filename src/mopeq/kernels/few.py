@@ -75,13 +75,13 @@ def linear(layer: Layer, x: Tensor, y: Tensor, arrived: Tensor, **rest: Any) -> 
     outputs behind another's; `arrived`: zeros, one for 64 rows by 8 tokens."""
     tokens, n = y.shape
     tile = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-    tiles, blocks = -(-tokens // tile), sum(-(-size // 64) for size in outputs(layer))
+    sizes = outputs(layer)
+    tiles, blocks = -(-tokens // tile), sum(-(-size // 64) for size in sizes)
     steps = -(-x.shape[1] // 256)
     split = max(1, min(8, steps, PROGRAMS // (blocks * tiles)))
     cut = Cut(-1, tile, (1, 1), (split, split), 2, 128 if tile == 8 else 168)
     parts = torch.empty(1, split, tokens, n, device=x.device) if split > 1 else y[None, None]
-    joined = outputs(layer)[1:]
-    launch(cut, x, parts, layer, "down", tiles, arrived, [arrived] * 4, y, arrived, joined, LAST=True, **rest)
+    launch(cut, x, parts, layer, "down", tiles, arrived, [arrived] * 4, y, arrived, sizes[1:], LAST=True, **rest)
 
 
 def outputs(layer: Layer) -> tuple[int, ...]:

@@ -10,8 +10,6 @@
 
 #include "product.h"
 
-enum { DONE = 0, NO_MEMORY = 1 };
-
 /* A candidate: uint8 codes [out, n]; scales and zero points [out, groups]. */
 typedef struct {
     const uint8_t *codes;

@@ -16,7 +16,6 @@
 #include "product.h"
 
 enum { TRIED = 3, BLOCK = 16 }; /* scales a group is rounded with; columns */
-enum { DONE = 0, NO_MEMORY = 1 };
 
 /* Matrices, one after another in memory, and what is asked. `order` is where columns come in rounding; without it nothing
    is rounded with feedback, and level, scale and zero are what descent begins with. */

@@ -25,6 +25,7 @@
 #endif
 #define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" WIDE)))
 
+enum { DONE = 0, NO_MEMORY = 1 };     /* what a thread's share ends with */
 enum { LANES = 64, FEW_LANES = 16 }; /* of a tile */
 enum { NONE, AVX2, AVX512, AMX };    /* sets of instructions, each with those before */
 enum { PAD = 32 };                   /* bf16 between rows, lest they all fall on one line of a cache */

@@ -14,7 +14,7 @@ from torch import Tensor
 from mopeq.nouns import Format
 from mopeq.quant import compiled
 from mopeq.quant.rtn import LARGEST, SMALLEST, stored_scale
-from mopeq.tensors import per_input
+from mopeq.tensors import QWeight, per_input
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 BLOCK = 16  # columns whose changes are passed on in one product
@@ -23,6 +23,14 @@ BLOCK = 16  # columns whose changes are passed on in one product
 def spread(values_EGN: Tensor, group_size: int, n: int) -> Tensor:
     """Values of each group [E, G, N] for each of its inputs [E, C, N]."""
     return per_input(values_EGN.mT, group_size, n).mT
+
+
+def coded(level: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> QWeight:
+    """Levels [E, C, N], scales and zero points [E, G, N] as they are stored; the levels turn into codes in place."""
+    for g, part in enumerate(slices(level.shape[1], fmt.group_size)):
+        level[:, part] += zero[:, g, None]
+    zeros = None if fmt.scheme == "s" else zero.mT.contiguous().to(torch.uint8)
+    return QWeight(level.to(torch.uint8).mT.contiguous(), scale.mT.contiguous().half(), zeros, fmt)
 
 
 def slices(n: int, size: int) -> list[slice]:

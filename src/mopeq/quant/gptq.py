@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mopeq.nouns import Format
 from mopeq.quant import compiled
-from mopeq.quant.descent import BLOCK, Inputs, descend, part_of, slices, take
+from mopeq.quant.descent import BLOCK, Inputs, coded, descend, part_of, slices, take
 from mopeq.quant.rtn import LARGEST, scale_and_zero, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
 from mopeq.tensors import QWeight
@@ -59,10 +59,7 @@ def solve(w_ENC: Tensor, fmt: Format, inputs: Inputs, sweeps: int) -> QWeight:
     found = inputs.factors(fmt.group_size)
     level, scale, zero = feed_back(w, fmt, found.mt, found.v, found.order)
     level, scale = descend(w, fmt, found.h, level, scale, zero, sweeps)
-    for g, part in enumerate(slices(w.shape[1], fmt.group_size)):
-        level[:, part] += zero[:, g, None]
-    zeros = None if fmt.scheme == "s" else zero.mT.contiguous().to(torch.uint8)
-    return QWeight(level.to(torch.uint8).mT.contiguous(), scale.mT.contiguous().half(), zeros, fmt)
+    return coded(level, scale, zero, fmt)
 
 
 # ----------------------------------------------------------------------------------- rounding with feedback

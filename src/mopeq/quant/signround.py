@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mopeq.nouns import Format
-from mopeq.quant.descent import Inputs, part_of, slices, spread
+from mopeq.quant.descent import Inputs, coded, part_of, slices, spread
 from mopeq.quant.gptq import searched_range
 from mopeq.quant.rtn import LARGEST, SMALLEST, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
@@ -68,9 +68,7 @@ def tune(w_ENC: Tensor, fmt: Format, inputs: Inputs, steps: int) -> QWeight:
         x.sub_(pull.mul_(rounded == level).sign_(), alpha=rate)
         torch.clamp(x, least, most, out=x)
         scale = stored_scale((scale * (1 - SCALE_RATE * rate * by_scale.sign())).clamp(SMALLEST, LARGEST))
-    codes = (best.level + spread(best.zero, size, n)).to(torch.uint8).mT.contiguous()
-    zeros = None if fmt.scheme == "s" else best.zero.to(torch.uint8).mT.contiguous()
-    return QWeight(codes, best.scale.mT.contiguous().half(), zeros, fmt)
+    return coded(best.level, best.scale, best.zero, fmt)
 
 
 class Best:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mopeq.nouns import Format
 from mopeq.quant import gptq
-from mopeq.quant.descent import damped, descend, of_mean_one, slices, spread
+from mopeq.quant.descent import coded, damped, descend, of_mean_one, slices, spread
 from mopeq.tensors import QWeight
 
 OUTPUTS = 8  # of a matrix, moved at a time: fewer follow G more closely and take longer
@@ -57,5 +57,4 @@ def refine(w_ENC: Tensor, q: QWeight, moments_ECC: Tensor, gradients_ENN: Tensor
             x, s = descend(target, fmt, h, x, s, z, 1)
             level[..., part], scale[..., part] = x, s
             away[..., part] = x * spread(s, size, n) - w[..., part]
-    codes = (level + spread(zero, size, n)).to(torch.uint8)
-    return QWeight(codes.mT.contiguous(), scale.mT.contiguous().half(), q.zeros, fmt)
+    return coded(level, scale, zero, fmt)
