@@ -166,8 +166,7 @@ class MopeqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self.complete(model)
         join(model)
-        if torch.cuda.is_available():  # nowhere else is anything quicker
-            quicken(model)
+        quicken(model)
         remember(model, self.folder, self.tensors, self.prefixes)
         return model
 
