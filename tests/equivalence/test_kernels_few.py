@@ -35,8 +35,8 @@ from mopeq.kernels.few_kernels import few
 
 chip, out, inputs, words, widths, split, halves, pairs, scan, last, *more = (int(part) for part in sys.argv[1:])
 given = dict(P=0, CHOICES=1 if last else 2, E=1 if last else 8, N=out, K=inputs, W=words, GROUP=32, UNIFORM=False,
-             WIDTHS=widths, SPLIT=split, HALVES=halves, BM=pairs, SCAN=scan, STAGES=2, LAST=bool(last),
-             MORE=tuple(more), EARLY=chip >= 90, WAIT=chip >= 90, FIRST=scan == 0 and chip >= 90)
+             WIDTHS=widths, SPLIT=split, HALVES=halves, BM=pairs, SPARSE=scan != 0, SCAN=scan, STAGES=2,
+             LAST=bool(last), MORE=tuple(more), EARLY=chip >= 90, WAIT=chip >= 90, FIRST=scan == 0 and chip >= 90)
 kinds = dict(x="*bf16", y="*fp32", table="*i64", words="*i16", bytes="*u8", halves="*fp16", ids="*i64", pairs="i32",
              sorted_pairs="*i32", tile_expert="*i32", tile_start="*i32", tile_end="*i32", out="*bf16", arrived="*i32")
 names = few.arg_names

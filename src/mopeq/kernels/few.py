@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST_OF_8 = 6  # pairs an expert, on average, up to which a tile has 8
 MOST_EACH = 12  # pairs an expert, on average, up to which this kernel is used
+SPARSE = 4  # pairs an expert, on average, up to which a tile's places without a pair are left out (measured so far)
 PROGRAMS = 528  # about as many as a GPU runs at a time
 
 
@@ -31,21 +32,23 @@ class Cut:
     split: tuple[int, int]  # programs sharing a reduction
     stages: int  # of the pipeline, of tiles of 8 slots; of 4 twice as many
     registers: int  # a thread may take
+    sparse: bool  # whether a tile's places without a pair are left out when activations are read
 
 
 def cut(pairs: int, experts: int, shapes: dict[str, tuple[int, int]]) -> Cut:
     """By the number of (token, choice) pairs and how many an expert gets on average, as measured on an H200."""
     scan = max(8, 1 << (pairs - 1).bit_length()) if pairs <= 64 else 0
+    sparse = pairs <= SPARSE * experts
     if pairs > MOST_OF_8 * experts:
-        return Cut(scan, 16, (1, 1), (1, 1), 2, 168)
+        return Cut(scan, 16, (1, 1), (1, 1), 2, 168, sparse)
     if pairs > 16:
-        return Cut(scan, 8, (2, 2), (1, 1), 2, 128)
+        return Cut(scan, 8, (2, 2), (1, 1), 2, 128, sparse)
     # few programs, each of few inputs: as many as leave room for those of the next kernel, which wait for them
     (n, _), (hidden, k) = shapes["up"], shapes["down"]
     split = min(4, max(2, PROGRAMS // ((len(shapes) - 1) * pairs * -(-n // 128))))
     if k <= 768:
-        return Cut(scan, 8, (2, 2), (split, 1), 2, 128)
-    return Cut(scan, 8, (2, 1 if 2 * pairs * -(-hidden // 64) <= PROGRAMS else 2), (split, 2), 2, 128)
+        return Cut(scan, 8, (2, 2), (split, 1), 2, 128, sparse)
+    return Cut(scan, 8, (2, 1 if 2 * pairs * -(-hidden // 64) <= PROGRAMS else 2), (split, 2), 2, 128, sparse)
 
 
 @cache
@@ -79,7 +82,7 @@ def linear(layer: Layer, x: Tensor, y: Tensor, arrived: Tensor, **rest: Any) -> 
     tiles, blocks = -(-tokens // tile), sum(-(-size // 64) for size in sizes)
     steps = -(-x.shape[1] // 256)
     split = max(1, min(8, steps, PROGRAMS // (blocks * tiles)))
-    cut = Cut(-1, tile, (1, 1), (split, split), 2, 128 if tile == 8 else 168)
+    cut = Cut(-1, tile, (1, 1), (split, split), 2, 128 if tile == 8 else 168, sparse=True)
     parts = torch.empty(1, split, tokens, n, device=x.device) if split > 1 else y[None, None]
     launch(cut, x, parts, layer, "down", tiles, arrived, [arrived] * 4, y, arrived, sizes[1:], LAST=True, **rest)
 
@@ -102,6 +105,6 @@ def launch(
         x, y, made.table, layer.words, made.data, layer.halves, ids, pairs, *routed, out, arrived,
         P=list(made.layouts).index("down") if p == "down" else 0, CHOICES=pairs // len(x), E=experts,
         N=lay.out_features, MORE=more, K=lay.in_features, W=lay.words, GROUP=lay.group, UNIFORM=layer.uniform[p],
-        WIDTHS=layer.widths[p], SPLIT=split, HALVES=halves, BM=cut.pairs, SCAN=cut.scan, STAGES=cut.stages,
-        FIRST=FIRST, num_warps=4, maxnreg=cut.registers, **rest,
+        WIDTHS=layer.widths[p], SPLIT=split, HALVES=halves, BM=cut.pairs, SPARSE=cut.sparse, SCAN=cut.scan,
+        STAGES=cut.stages, FIRST=FIRST, num_warps=4, maxnreg=cut.registers, **rest,
     )  # fmt: skip

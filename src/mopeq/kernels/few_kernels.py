@@ -23,6 +23,8 @@ from mopeq.kernels.triton_kernels import left_at, unpack_asm
 # right by 8 bits: of two shifts in a row the assembler would make one, and keep the word for it in more registers
 BYTE = gl.constexpr("prmt.b32 $0, $1, 0, 0x4321;")
 
+NOBODY = gl.constexpr(-(2**30))  # where activations lie for a tile's place without a pair
+
 
 @triton.constexpr_function
 def sizes(first, more):
@@ -120,8 +122,8 @@ def widened(both, A: gl.constexpr):
 @gluon.jit
 def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
                W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, SPLIT: gl.constexpr,
-               HALVES: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
-               WAIT: gl.constexpr):  # fmt: skip
+               HALVES: gl.constexpr, BM: gl.constexpr, SPARSE: gl.constexpr, STAGES: gl.constexpr,
+               MMA: gl.constexpr, WAIT: gl.constexpr):  # fmt: skip
     """Rows n0 … of one matrix times activations x_row [BM], over part `part`: float32 [64, BM], the next 64 rows'."""
     DTYPE: gl.constexpr = x.dtype.element_ty
     NW: gl.constexpr = gl.num_warps()
@@ -194,12 +196,16 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
         if ahead < count:
             weights(begin + ahead, ahead, first, second, scales, zeros, ws, us, ss, zs, w_at, u_at, w_there,
                     u_there, s_at, z_at, s_k, z_k, group, BITS, FULL, NP, K, BK, W)  # fmt: skip
+            if not WAIT:
+                activations(begin + ahead, ahead, x, xs, x_at, x_k, K, BK, SPARSE)
+        if not WAIT:
+            async_copy.commit_group()
     if WAIT:
         gdc_wait()
-    for ahead in gl.static_range(AHEAD):
-        if ahead < count:
-            copy(xs.index(ahead), x + (x_at + (begin + ahead) * BK), x_k + (begin + ahead) * BK < K, K % BK != 0)
-        async_copy.commit_group()
+        for ahead in gl.static_range(AHEAD):
+            if ahead < count:
+                activations(begin + ahead, ahead, x, xs, x_at, x_k, K, BK, SPARSE)
+            async_copy.commit_group()
     acc = gl.zeros([64, BM], gl.float32, MMA)
     acc_2 = acc
     one = gl.full([64, W], 1.0, DTYPE, A)
@@ -211,7 +217,7 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
         if i + AHEAD < count:
             weights(t, to, first, second, scales, zeros, ws, us, ss, zs, w_at, u_at, w_there,
                     u_there, s_at, z_at, s_k, z_k, group, BITS, FULL, NP, K, BK, W)  # fmt: skip
-            copy(xs.index(to), x + (x_at + t * BK), x_k + t * BK < K, K % BK != 0)
+            activations(t, to, x, xs, x_at, x_k, K, BK, SPARSE)
         async_copy.commit_group()
         lo = ws.index(at).slice(0, 64, dim=0).load(A)
         lo_2 = lo
@@ -266,6 +272,16 @@ def product_of(place, part, words, bytes, halves, n0, x, x_row, BITS: gl.constex
 
 
 @gluon.jit
+def activations(t, to, x, xs, x_at, x_k, K: gl.constexpr, BK: gl.constexpr, SPARSE: gl.constexpr):
+    """Begin copying tile t of the activations to stage `to`: zeros beyond K, and NOBODY's if SPARSE."""
+    at = x_at + t * BK
+    there = x_k + t * BK < K
+    if SPARSE:
+        there = (at >= 0) & there if K % BK else at >= 0
+    copy(xs.index(to), x + at, there, SPARSE or K % BK != 0)
+
+
+@gluon.jit
 def weights(t, to, first, second, scales, zeros, ws, us, ss, zs, w_at, u_at, w_there, u_there, s_at, z_at,
             s_k, z_k, group, BITS: gl.constexpr, FULL: gl.constexpr, NP: gl.constexpr, K: gl.constexpr,
             BK: gl.constexpr, W: gl.constexpr):  # fmt: skip
@@ -290,8 +306,9 @@ def weights(t, to, first, second, scales, zeros, ws, us, ss, zs, w_at, u_at, w_t
 def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert, tile_start, tile_end, out,
         arrived, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
         W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, WIDTHS: gl.constexpr, SPLIT: gl.constexpr,
-        HALVES: gl.constexpr, BM: gl.constexpr, SCAN: gl.constexpr, STAGES: gl.constexpr, LAST: gl.constexpr,
-        MORE: gl.constexpr, EARLY: gl.constexpr, WAIT: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
+        HALVES: gl.constexpr, BM: gl.constexpr, SPARSE: gl.constexpr, SCAN: gl.constexpr, STAGES: gl.constexpr,
+        LAST: gl.constexpr, MORE: gl.constexpr, EARLY: gl.constexpr, WAIT: gl.constexpr,
+        FIRST: gl.constexpr):  # fmt: skip
     """y[z, pair] = part z % SPLIT of matrix P + z // SPLIT of x[pair // CHOICES], without bias; z: the program's.
 
     LAST, for one matrix: out[pair] = the sum of the parts; `arrived` counts programs, and is 0 again afterwards. There
@@ -327,6 +344,8 @@ def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert
         acc = gl.zeros([64, BM], gl.float32, MMA)
         acc_2 = acc
         x_row = pair // CHOICES * K
+        if SPARSE:
+            x_row = gl.where(ok > 0, x_row, NOBODY)
         # plus a zero that is not known when this is compiled: Triton 3.6 fails at loops of which it sees the end
         part = z % SPLIT + (bits >> 8).to(gl.int32)
         for B in gl.static_range(2, 9):
@@ -334,13 +353,13 @@ def few(x, y, table, words, bytes, halves, ids, pairs, sorted_pairs, tile_expert
                 if bits == B:  # not known when this is compiled: no `and`
                     if len(SIZES) == 1:
                         acc, acc_2 = product_of(place, part, words, bytes, halves, n0, x, x_row, B, N, K, W, GROUP,
-                                                UNIFORM, SPLIT, HALVES, BM, STAGES if B <= 3 else 2 * STAGES, MMA,
-                                                WAIT)  # fmt: skip
+                                                UNIFORM, SPLIT, HALVES, BM, SPARSE,
+                                                STAGES if B <= 3 else 2 * STAGES, MMA, WAIT)  # fmt: skip
                     else:
                         for i in gl.static_range(len(SIZES)):
                             if n_end == SIZES[i]:
                                 acc, acc_2 = product_of(place, part, words, bytes, halves, n0, x, x_row, B,
-                                                        SIZES[i], K, W, GROUP, UNIFORM, SPLIT, HALVES, BM,
+                                                        SIZES[i], K, W, GROUP, UNIFORM, SPLIT, HALVES, BM, SPARSE,
                                                         STAGES if B <= 3 else 2 * STAGES, MMA, WAIT)  # fmt: skip
         n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
         column = gl.convert_layout(pair, COLUMNS).to(gl.int64)
