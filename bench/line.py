@@ -2,10 +2,11 @@
 
     python bench/line.py --model MODEL --calib text.jsonl --calib-tokens 16384 --rounds 2 -o line.json
 
-Ours is the whole command `mopeq quantize` at an average of 2.5 bits: sensing by fisher in three formats, allocation,
-gptq, writing and reading back. Theirs (tried with 7.7.0) is loading, `quantize` at 2 bits and saving, without starting
-Python. Only routed experts are quantized; where the tool cannot (sides that are no multiples of 32), the model is first
-widened by zeros, as in peers.py. Threads are OMP_NUM_THREADS, or all cores.
+Ours is `mopeq quantize` at an average of 2.5 bits: checking, sensing by fisher in three formats, allocation, gptq,
+writing and reading back. Theirs (tried with 7.7.0) is loading, `quantize` at 2 bits and saving. Both are without
+starting Python and importing libraries; `whole` is our command with that. Only routed experts are quantized; where
+the tool cannot (sides that are no multiples of 32), the model is first widened by zeros, as in peers.py. Threads are
+OMP_NUM_THREADS, or all cores.
 """
 
 from __future__ import annotations
@@ -29,21 +30,35 @@ Asked = argparse.Namespace
 
 
 def ours(asked: Asked) -> dict[str, float]:
-    """The whole command in a process of its own."""
+    """The command in a process of its own, which tells its seconds without those of importing libraries."""
+    before, started = cpu(resource.RUSAGE_CHILDREN), time.monotonic()
+    took = alone(asked, "--ours")
+    return took | {"whole": time.monotonic() - started, "whole_cpu": cpu(resource.RUSAGE_CHILDREN) - before}
+
+
+def run_ours(asked: Asked) -> None:
+    import mopeq.plugins.hf  # noqa: F401  # which brings torch and transformers
+    from mopeq.cli import main
+
     with tempfile.TemporaryDirectory() as folder:
         words = ["quantize", asked.model, "-o", f"{folder}/out", "--avg-bits", "2.5", "--calib", asked.calib]
-        command = [sys.executable, "-m", "mopeq.cli", *words, "--calib-tokens", str(asked.calib_tokens)]
-        before, started = cpu(resource.RUSAGE_CHILDREN), time.monotonic()
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        return {"seconds": time.monotonic() - started, "cpu": cpu(resource.RUSAGE_CHILDREN) - before}
+        sys.argv = ["mopeq", *words, "--calib-tokens", str(asked.calib_tokens)]
+        used, started = cpu(resource.RUSAGE_SELF), time.monotonic()
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise
+        took = {"seconds": time.monotonic() - started, "cpu": cpu(resource.RUSAGE_SELF) - used}
+    print(f"\n{json.dumps(took)}")
 
 
-def theirs(asked: Asked) -> dict[str, float]:
-    """The same in a process of its own, which tells its seconds without those of starting and preparing."""
+def alone(asked: Asked, who: str) -> dict[str, float]:
+    """This file in a process of its own, whose last line tells what it took."""
     model, calib = (str(Path(path).resolve()) for path in (asked.model, asked.calib))
     given = ["--model", model, "--calib", calib, "--calib-tokens", str(asked.calib_tokens)]
-    command = [sys.executable, str(Path(__file__).resolve()), "--theirs", *given]
-    with tempfile.TemporaryDirectory() as folder:  # it writes its logs where it is started
+    command = [sys.executable, str(Path(__file__).resolve()), who, *given]
+    with tempfile.TemporaryDirectory() as folder:  # GPTQModel writes its logs where it is started
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
     return dict(json.loads(printed.splitlines()[-1]))
 
@@ -89,11 +104,12 @@ def main() -> None:
     parser.add_argument("--calib", required=True)
     parser.add_argument("--calib-tokens", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--theirs", action="store_true", help=argparse.SUPPRESS)
+    for who in ("--ours", "--theirs"):
+        parser.add_argument(who, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args()
-    if asked.theirs:
-        run_theirs(asked)
+    if asked.ours or asked.theirs:
+        (run_ours if asked.ours else run_theirs)(asked)
         return
     from mopeq.job import open_job
     from mopeq.options import Options
@@ -101,7 +117,7 @@ def main() -> None:
     params = open_job(asked.model, Options()).spec.expert_params
     rounds = []
     for _ in range(asked.rounds):
-        rounds.append({"ours": ours(asked), "theirs": theirs(asked)})
+        rounds.append({"ours": ours(asked), "theirs": alone(asked, "--theirs")})
         say(json.dumps(rounds[-1]))
     least = {who: {what: min(r[who][what] for r in rounds) for what in ("seconds", "cpu")} for who in rounds[0]}
     result = {

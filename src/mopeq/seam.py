@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn import functional
 
 from mopeq.errors import MopeqError
 from mopeq.nouns import MoELayer, MoESpec
@@ -331,16 +331,32 @@ def plain_forward(
 
     def project(p: str, e: int, x: Tensor) -> Tensor:
         b = biases[p]
-        return linear(x, w[p][e].to(x.dtype), None if b is None else b[e])
+        return functional.linear(x, w[p][e].to(x.dtype), None if b is None else b[e])
 
-    for e, tokens, choice in routed(index_TK, w["down"].shape[0]):
-        x = x_TH[tokens]
+    parts = list(routed(index_TK, w["down"].shape[0]))
+    inputs = taken(x_TH, [tokens for _, tokens, _ in parts])
+    k = index_TK.shape[1]
+    shares = taken(weight_TK.flatten(), [tokens * k + choice for _, tokens, choice in parts])
+    for (e, tokens, _), x, weight in zip(parts, inputs, shares, strict=True):
         top = {p: project(p, e, x) for p in names}
         h = activate(module, top)
         down = project("down", e, h)
-        weight = weight_TK[tokens, choice]
         if see is not None:
             see(Seen(e, tokens, weight, dict.fromkeys(names, x) | {"down": h}, top | {"down": down}))
         y = module.post_expert_norm(down) if getattr(module, "has_post_expert_norm", False) else down
         out_TH.index_add_(0, tokens, (y * weight.unsqueeze(-1)).to(out_TH.dtype))
     return out_TH
+
+
+def taken(x_T: Tensor, some: Sequence[Tensor]) -> Iterator[Tensor]:
+    """x_T[rows] for each of some rows. Where gradients are asked for, all by one operator, whose gradient is one sum
+    over them; else one after another, which takes less memory."""
+    if some and x_T.requires_grad and torch.is_grad_enabled():
+        yield from x_T.index_select(0, torch.cat(list(some))).split([len(rows) for rows in some])
+    else:
+        yield from (x_T[rows] for rows in some)
+
+
+def shown(seen_S: Tensor, keep_S: Tensor | None) -> Tensor:
+    """What of a `Seen` counts: rows that are no padding, all where there is none; without its graph."""
+    return seen_S.detach() if keep_S is None else seen_S.detach()[keep_S]

@@ -258,7 +258,7 @@ def test_compiled_is_torchs_but_for_ties(bits: int, path: str, monkeypatch: pyte
         for ours, theirs in zip(found[:2], wanted[:2], strict=True):
             differ = (ours - theirs).abs() > 2e-3 * theirs.abs()
             if path != "amx":
-                assert float(differ.float().mean()) < 0.05, (seed, fmt, out, n)
+                assert int(differ.sum()) <= max(1, 0.05 * differ.numel()), (seed, fmt, out, n)
         limit = 0.02 if path == "amx" else 0.005  # many codes lie near ties: other codes, as good on the mean
         assert float((found[2].sum() / wanted[2].sum()).log().abs()) < limit, (seed, fmt, out, n)
 

@@ -21,8 +21,14 @@ SOURCE = Path(__file__).with_name("cpu.c")
 ROUND = Path(__file__).with_name("round.c")
 GPTQ = Path(__file__).with_name("gptq.c")
 FORMS = Path(__file__).with_name("forms.c")
-PRODUCT = Path(__file__).with_name("product.h")
-PARTS = {SOURCE: (SOURCE.with_name("cpu_tile.h"),), GPTQ: (PRODUCT,), FORMS: (PRODUCT,)}  # what a file includes
+DENSE = Path(__file__).with_name("dense.c")
+PRODUCT, HALVES = (Path(__file__).with_name(name) for name in ("product.h", "halves.h"))
+PARTS = {
+    SOURCE: (SOURCE.with_name("cpu_tile.h"),),
+    GPTQ: (PRODUCT,),
+    FORMS: (PRODUCT, HALVES),
+    DENSE: (PRODUCT, HALVES),
+}  # what a file includes
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 BEST = 3  # the widest set of instructions that product.h knows
 OPENMP = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*$")
@@ -118,6 +124,12 @@ def feedback() -> ctypes.CDLL | None:
     if lib is not None:
         lib.mopeq_gptq_tiled.argtypes = (ctypes.c_int, ctypes.c_int64)
     return lib
+
+
+@cache
+def dense() -> ctypes.CDLL | None:
+    """Products in float32 by AMX (dense.c), or None: torch's are better."""
+    return shared_job(DENSE)
 
 
 @cache

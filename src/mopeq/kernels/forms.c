@@ -3,18 +3,19 @@
    and multiplied with 64 tokens after another; so dW is never held whole. Partial sums of each 64 outputs are added up in
    their order, so the number of threads changes nothing.
 
-   For AVX-512 (with AVX2 torch's products are faster) and AMX, with which both factors go as sums of two bf16, three
-   products of which are taken: what is left out is 2^-16 of a product. */
+   For AVX-512 (with AVX2 torch's products are faster) and AMX, by halves.h. */
 
 #include <stdlib.h>
 
-#include "product.h"
+#include "halves.h"
 
-/* A candidate: uint8 codes [out, n]; scales and zero points [out, groups]. */
+/* A candidate: codes [out, n]; scales in fp16 and zero points [out, groups], these `middle` where there are none. */
 typedef struct {
     const uint8_t *codes;
-    const float *scale, *zero;
+    const uint16_t *scale;
+    const uint8_t *zero;
     int64_t group;
+    float middle;
 } Candidate;
 
 typedef struct {
@@ -24,91 +25,57 @@ typedef struct {
     float *along; /* [blocks of 64 outputs, count, tokens up to a multiple of 64] */
 } Job;
 
-/* The word that holds a float's 16 upper bits as its lower ones, the rest taken away from the float. */
-INLINE uint32_t take_half(float *x) {
-    const uint32_t high = rounded_half(*x) & 0xffff0000u;
-    float value;
-    memcpy(&value, &high, 4);
-    *x -= value;
-    return high >> 16;
-}
-
-/* Tokens from `first` on as columns of a tile: floats [n, 64]; for AMX words [wide / 2, 64] of the upper and, behind them,
-   of the lower halves. Columns and rows beyond are zeros. */
-INLINE void turn(const Job *f, int64_t first, int64_t wide, void *tile, int set) {
-    const int64_t held = f->tokens - first < LANES ? f->tokens - first : LANES, n = f->n;
-    memset(tile, 0, (set == AMX ? 2 * wide : n) * LANES * (set == AMX ? 2 : 4));
-    for (int64_t t = 0; t < held; t++) {
-        const float *x = f->x + (first + t) * n;
-        if (set != AMX) {
-            for (int64_t j = 0; j < n; j++) ((float *)tile)[j * LANES + t] = x[j];
-            continue;
-        }
-        uint32_t *high = (uint32_t *)tile + t, *low = high + wide / 2 * LANES;
-        for (int64_t j = 0; j < n; j += 2) {
-            float a = x[j], b = j + 1 < n ? x[j + 1] : 0;
-            const uint32_t a_high = take_half(&a), b_high = take_half(&b);
-            high[j / 2 * LANES] = a_high | b_high << 16;
-            low[j / 2 * LANES] = take_half(&a) | take_half(&b) << 16;
-        }
-    }
-}
-
-/* Some rows of a candidate's dW: floats [rows, n]; for AMX upper halves [64, wide + PAD] and, behind them, lower ones. */
-INLINE void away(const Job *f, const Candidate *q, int64_t first, int64_t rows, int64_t wide, float *line, void *made,
-                 int set) {
-    const int64_t n = f->n, groups = (n + q->group - 1) / q->group, stride = wide + PAD;
+/* Some rows of a candidate's dW [rows, n]. */
+INLINE WITH_AVX512 void away(const Job *f, const Candidate *q, int64_t first, int64_t rows, float *made) {
+    const int64_t n = f->n, groups = (n + q->group - 1) / q->group;
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t *codes = q->codes + (first + r) * n;
         const float *w = f->w + (first + r) * n;
-        float *to = set == AMX ? line : (float *)made + r * n;
+        float *to = made + r * n;
         for (int64_t i = 0; i < groups; i++) {
-            const float s = q->scale[(first + r) * groups + i], z = q->zero[(first + r) * groups + i];
+            const int64_t at = (first + r) * groups + i;
+            const float s = _cvtsh_ss(q->scale[at]), z = q->zero ? (float)q->zero[at] : q->middle;
             const int64_t end = (i + 1) * q->group < n ? (i + 1) * q->group : n;
             for (int64_t j = i * q->group; j < end; j++) to[j] = ((float)codes[j] - z) * s - w[j];
         }
-        if (set != AMX) continue;
-        uint16_t *high = (uint16_t *)made + r * stride, *low = high + LANES * stride;
-        for (int64_t j = 0; j < n; j++) high[j] = (uint16_t)take_half(to + j);
-        for (int64_t j = 0; j < n; j++) low[j] = (uint16_t)take_half(to + j);
-        for (int64_t j = n; j < wide; j++) high[j] = low[j] = 0;
     }
 }
 
-INLINE int blocks(const Job *f, int64_t thread, int64_t threads, int set) {
-    const int64_t n = f->n, wide = (n + 31) / 32 * 32, padded = (f->tokens + LANES - 1) / LANES * LANES;
-    const int64_t tile = set == AMX ? wide * LANES : n * LANES, stride = wide + PAD; /* words of 4 bytes */
-    const int64_t own = set == AMX ? LANES * stride : LANES * n;
-    float *turned = malloc((padded / LANES * tile + own + n + LANES * LANES + LANES * padded) * sizeof(float));
+/* What 64 tokens have along g, from dW x [64 outputs, 64 tokens] and g turned like it. */
+INLINE void sum_along(int64_t rows, const float *g, const float *c, float *along) {
+    float sum[LANES] = {0};
+    for (int64_t r = 0; r < rows; r++)
+        for (int l = 0; l < LANES; l++) sum[l] += g[r * LANES + l] * c[r * LANES + l];
+    memcpy(along, sum, sizeof sum);
+}
+
+/* 64 outputs' gradients [tokens / 64, 64 outputs, 64 tokens], zeros beyond. */
+INLINE void turn_gradients(const Job *f, int64_t first, int64_t rows, int64_t padded, float *g) {
+    for (int64_t t = 0; t < padded; t++) {
+        float *to = g + t / LANES * LANES * LANES + t % LANES;
+        for (int64_t r = 0; r < rows; r++) to[r * LANES] = t < f->tokens ? f->g[t * f->out + first + r] : 0;
+    }
+}
+
+INLINE int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
+
+WITH_AVX512 static int blocks_512(const Job *f, int64_t thread, int64_t threads) {
+    const int64_t n = f->n, padded = (f->tokens + LANES - 1) / LANES * LANES;
+    float *turned = malloc((n * padded + LANES * n + LANES * LANES + LANES * padded) * sizeof(float));
     if (!turned) return NO_MEMORY;
-    float *made = turned + padded / LANES * tile, *line = made + own, *c = line + n, *g = c + LANES * LANES;
-    for (int64_t t = 0; t < padded; t += LANES) turn(f, t, wide, turned + t / LANES * tile, set);
+    float *made = turned + n * padded, *c = made + LANES * n, *g = c + LANES * LANES;
+    for (int64_t t = 0; t < padded; t++) /* [tokens / 64, n, 64 tokens], zeros beyond */
+        for (int64_t j = 0; j < n; j++)
+            turned[t / LANES * n * LANES + j * LANES + t % LANES] = t < f->tokens ? f->x[t * n + j] : 0;
     for (int64_t first = thread * LANES; first < f->out; first += threads * LANES) {
-        const int64_t rows = f->out - first < LANES ? f->out - first : LANES;
-        for (int64_t t = 0; t < padded; t++) { /* [padded / 64, 64 outputs, 64 tokens], zeros beyond */
-            float *to = g + t / LANES * LANES * LANES + t % LANES;
-            for (int64_t r = 0; r < rows; r++) to[r * LANES] = t < f->tokens ? f->g[t * f->out + first + r] : 0;
-        }
+        const int64_t rows = less(f->out - first, LANES);
+        turn_gradients(f, first, rows, padded, g);
         for (int64_t i = 0; i < f->count; i++) {
             float *along = f->along + (first / LANES * f->count + i) * padded;
-            away(f, f->candidates + i, first, rows, wide, line, made, set);
-            for (int64_t t = 0; t < padded; t += LANES, along += LANES) {
-                const float *b = turned + t / LANES * tile;
-                if (set == AMX) {
-                    const uint16_t *high = (const uint16_t *)made, *low = high + LANES * stride;
-                    const uint32_t *x_high = (const uint32_t *)b, *x_low = x_high + wide / 2 * LANES;
-                    product_amx((int)rows, wide, high, stride, x_high, c, 0);
-                    product_amx((int)rows, wide, high, stride, x_low, c, 1);
-                    product_amx((int)rows, wide, low, stride, x_high, c, 1);
-                } else {
-                    product((int)rows, n, made, n, b, c, LANES, set, 0);
-                }
-                float sum[LANES] = {0};
-                for (int64_t r = 0; r < rows; r++) {
-                    const float *by = g + t * LANES + r * LANES, *row = c + r * LANES;
-                    for (int l = 0; l < LANES; l++) sum[l] += by[l] * row[l];
-                }
-                memcpy(along, sum, sizeof sum);
+            away(f, f->candidates + i, first, rows, made);
+            for (int64_t t = 0; t < padded; t += LANES) {
+                product((int)rows, n, made, n, turned + t * n, c, LANES, AVX512, 0);
+                sum_along(rows, g + t * LANES, c, along + t);
             }
         }
     }
@@ -116,15 +83,45 @@ INLINE int blocks(const Job *f, int64_t thread, int64_t threads, int set) {
     return DONE;
 }
 
-WITH_AVX512 static int blocks_512(const Job *f, int64_t thread, int64_t threads) {
-    return blocks(f, thread, threads, AVX512);
-}
-WITH_AVX512 static int blocks_amx(const Job *f, int64_t thread, int64_t threads) {
+#ifdef WITH_AMX
+WITH_HALVES static int blocks_amx(const Job *f, int64_t thread, int64_t threads) {
+    const int64_t n = f->n, deep = (n + 31) / 32 * 32, stride = deep + PAD, tile = deep * LANES; /* floats */
+    const int64_t padded = (f->tokens + LANES - 1) / LANES * LANES;
+    void *room = NULL;
+    if (posix_memalign(&room, 64, (deep * padded + LANES * (stride + n + LANES + padded)) * sizeof(float))) return NO_MEMORY;
+    uint32_t *turned = room; /* [tokens / 64, upper and lower, deep / 2, 64 tokens] */
+    uint16_t *high = (uint16_t *)(turned + deep * padded), *low = high + LANES * stride;
+    float *made = (float *)(low + LANES * stride), *c = made + LANES * n, *g = c + LANES * LANES;
+    const Factor x = {f->x, 1, n}, dw = {made, n, 1};
+    for (int64_t t = 0; t < padded; t += LANES) {
+        uint32_t *to = turned + t / LANES * tile;
+        if (!columns_of(&x, t, less(f->tokens - t, LANES), 0, n, to, to + tile / 2)) memset(to + tile / 2, 0, tile * 2);
+    }
     begin_amx();
-    const int found = blocks(f, thread, threads, AMX);
+    for (int64_t first = thread * LANES; first < f->out; first += threads * LANES) {
+        const int64_t rows = less(f->out - first, LANES);
+        turn_gradients(f, first, rows, padded, g);
+        for (int64_t i = 0; i < f->count; i++) {
+            float *along = f->along + (first / LANES * f->count + i) * padded;
+            away(f, f->candidates + i, first, rows, made);
+            rows_of(&dw, 0, rows, 0, n, high, low, stride);
+            for (int64_t t = 0; t < padded; t += LANES) {
+                const uint32_t *b = turned + t / LANES * tile;
+                for (int64_t r = 0; r < rows; r += 32)
+                    for (int l = 0; l < LANES; l += 32)
+                        corner(n, high + r * stride, low + r * stride, stride, b + l, b + tile / 2 + l, 1, c + r * LANES + l,
+                               LANES, 0);
+                sum_along(rows, g + t * LANES, c, along + t);
+            }
+        }
+    }
     end_amx();
-    return found;
+    free(room);
+    return DONE;
 }
+#else
+static int blocks_amx(const Job *f, int64_t thread, int64_t threads) { return blocks_512(f, thread, threads); }
+#endif
 
 static int in_use = NONE;
 

@@ -23,7 +23,7 @@
 #else
 #define WIDE ",prefer-vector-width=512"
 #endif
-#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" WIDE)))
+#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c" WIDE)))
 
 enum { DONE = 0, NO_MEMORY = 1 };     /* what a thread's share ends with */
 enum { LANES = 64, FEW_LANES = 16 }; /* of a tile */

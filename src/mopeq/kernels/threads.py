@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
+
+
+@cache
+def pool(n: int) -> ThreadPoolExecutor:
+    """Threads that wait for work; a process forked off has none of them, and makes its own."""
+    return ThreadPoolExecutor(n)
+
+
+os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 def share(work: Callable[[int, int], int]) -> None:
@@ -14,7 +25,6 @@ def share(work: Callable[[int, int], int]) -> None:
     if n == 1:
         failed = work(0, 1)
     else:
-        with ThreadPoolExecutor(n) as pool:
-            failed = any(list(pool.map(lambda thread: work(thread, n), range(n))))
+        failed = any(list(pool(n).map(lambda thread: work(thread, n), range(n))))
     if failed:
         raise MemoryError("no memory to work in")

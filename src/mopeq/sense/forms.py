@@ -50,7 +50,11 @@ def along(candidates: Sequence[QWeight], w_NC: Tensor, x_SC: Tensor, g_SN: Tenso
 
 
 class Candidate(ctypes.Structure):
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("codes", "scale", "zero")), ("group", ctypes.c_int64))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero")),
+        ("group", ctypes.c_int64),
+        ("middle", ctypes.c_float),
+    )
 
 
 class Job(ctypes.Structure):
@@ -71,10 +75,10 @@ def along_compiled(candidates: Sequence[QWeight], w_NC: Tensor, x_SC: Tensor, g_
     lib = forms()
     assert lib is not None
     x, g, w = (t.contiguous() for t in (x_SC, g_SN, w_NC))
-    parts = [(q.codes.contiguous(), q.scales.float().contiguous(), zeros_of(q)) for q in candidates]
+    parts = [[None if t is None else t.contiguous() for t in (q.codes, q.scales, q.zeros)] for q in candidates]
     array = (Candidate * len(parts))(
         *(
-            Candidate(*(t.data_ptr() for t in part), q.format.group_size)
+            Candidate(*(t if t is None else t.data_ptr() for t in part), q.format.group_size, 2 ** (q.format.bits - 1))
             for part, q in zip(parts, candidates, strict=True)
         )
     )
@@ -84,10 +88,3 @@ def along_compiled(candidates: Sequence[QWeight], w_NC: Tensor, x_SC: Tensor, g_
     job = Job(*pointers, tokens, n, out, count, made.data_ptr())
     share(lambda thread, threads: lib.mopeq_forms(ctypes.byref(job), thread, threads))
     return made.double().sum(0)[:, :tokens].T
-
-
-def zeros_of(q: QWeight) -> Tensor:
-    """Zero points [out, groups] in float32, of symmetric formats too."""
-    if q.zeros is None:
-        return torch.full(q.scales.shape, float(2 ** (q.format.bits - 1)))
-    return q.zeros.float().contiguous()

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from mopeq.data.encode import no_padding
+from mopeq.kernels.dense import add_product
 from mopeq.nouns import MoELayer, MoESpec
 from mopeq.progress import progress
 from mopeq.quant import moment_bytes
 from mopeq.quant.descent import Inputs
-from mopeq.seam import Seen, model_layers, plain_forward, watch
+from mopeq.seam import Seen, model_layers, plain_forward, shown, watch
 from mopeq.sense.labels import sampled_loss
 from mopeq.sense.scene import Batch, shows
 from mopeq.walk.parts import resident
@@ -147,14 +148,15 @@ class Adding:
         moments = self.found.get(id(module))
         if moments is None:
             return plain_forward(module, x_TH, index_TK, weight_TK)
-        valid_T = no_padding(self.batches[self.walking.now]).flatten().to(x_TH.device)
+        valid_T = no_padding(self.batches[self.walking.now]).flatten()
+        padded, valid_T = not valid_T.all(), valid_T.to(x_TH.device)
 
         def see(seen: Seen) -> None:
-            keep = valid_T[seen.tokens]
-            x, h = (seen.inputs[p].detach()[keep].float() for p in ("up", "down"))
-            g = seen.weight.detach()[keep].float().abs().unsqueeze(-1)
-            moments.x[seen.expert].addmm_((x * g).T, x)
-            moments.h[seen.expert].addmm_((h * g).T, h)
+            keep = valid_T[seen.tokens] if padded else None
+            x, h = (shown(seen.inputs[p], keep).float() for p in ("up", "down"))
+            g = shown(seen.weight, keep).float().abs().unsqueeze(-1)
+            add_product(moments.x[seen.expert], (x * g).T, x)
+            add_product(moments.h[seen.expert], (h * g).T, h)
             moments.tokens_E[seen.expert] += x.shape[0]
             for p, sums in moments.gradients.items():
                 seen.outputs[p].register_hook(partial(add_squares, sums[seen.expert], keep))
@@ -164,7 +166,7 @@ class Adding:
         return plain_forward(module, x_TH, index_TK, weight_TK, see)
 
 
-def add_squares(sums_NN: Tensor, keep_S: Tensor, g_SN: Tensor) -> None:
+def add_squares(sums_NN: Tensor, keep_S: Tensor | None, g_SN: Tensor) -> None:
     """Hook of a projection's outputs, called with their gradient."""
-    g = g_SN.detach()[keep_S].float()
-    sums_NN.addmm_(g.T, g)
+    g = shown(g_SN, keep_S).float()
+    add_product(sums_NN, g.T, g)

@@ -32,7 +32,7 @@ from mopeq.progress import Progress, progress
 from mopeq.quant import QUANTIZERS
 from mopeq.quant.descent import slices
 from mopeq.rundir import CANDIDATES, Kept
-from mopeq.seam import Seen, plain_forward, watch, weights
+from mopeq.seam import Seen, plain_forward, shown, watch, weights
 from mopeq.sense.forms import loss_increases, output_errors
 from mopeq.sense.frequency import Counts, token_facts
 from mopeq.sense.labels import predicting, sampled_loss, skip_draws
@@ -115,7 +115,8 @@ class Taker:
         if self.kind != "error":
             x_TH.requires_grad_(True)  # so that the first layer's matrices have gradients; the weights need none
         now, batch = self.walking.now, self.scene.batches[self.walking.now]
-        valid_T, rows = no_padding(batch).flatten().to(x_TH.device), batch["input_ids"].shape[0]
+        valid_T, rows = no_padding(batch).flatten(), batch["input_ids"].shape[0]
+        padded, valid_T = not valid_T.all(), valid_T.to(x_TH.device)
         row_length = x_TH.shape[0] // rows
         w = weights(module)
         for p in layer.projections:
@@ -123,14 +124,14 @@ class Taker:
             self.found[now, layer.layer, p] = torch.zeros(shape, dtype=torch.float64, device=x_TH.device)
 
         def see(seen: Seen) -> None:
-            keep = valid_T[seen.tokens]
-            row_S = seen.tokens[keep] // row_length
+            keep = valid_T[seen.tokens] if padded else None
+            row_S = shown(seen.tokens, keep) // row_length
             for p, y in seen.outputs.items():
-                x = seen.inputs[p].detach()[keep]
+                x = shown(seen.inputs[p], keep)
                 w_NC, found = w[p].detach()[seen.expert], self.found[now, layer.layer, p][seen.expert]
                 candidates = [q[seen.expert] for q in self.candidates[layer.layer, p]]
                 if self.kind == "error":
-                    found += output_errors(candidates, w_NC, x, seen.weight.detach()[keep])
+                    found += output_errors(candidates, w_NC, x, shown(seen.weight, keep))
                     continue
 
                 row = row_S if self.kind == "fisher-seq" else None
@@ -140,9 +141,9 @@ class Taker:
         return plain_forward(module, x_TH, index_TK, weight_TK, see)
 
 
-def add_taken(found_F: Tensor, take: Callable[[Tensor], Tensor], keep_S: Tensor, g_SN: Tensor) -> None:
+def add_taken(found_F: Tensor, take: Callable[[Tensor], Tensor], keep_S: Tensor | None, g_SN: Tensor) -> None:
     """Hook of a projection's outputs, called with their gradient."""
-    found_F += take(g_SN.detach()[keep_S])
+    found_F += take(shown(g_SN, keep_S))
 
 
 def sense(scene: Scene, kind: str) -> Sensitivity:

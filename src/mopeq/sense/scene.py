@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mopeq.data.encode import model_inputs
 from mopeq.errors import MopeqError
+from mopeq.kernels.dense import quick_linears
 from mopeq.nouns import Format, MoESpec, Sensitivity
 from mopeq.rundir import Kept
 from mopeq.walk.parts import Parts, resident
@@ -55,14 +56,15 @@ class Scene:
 @contextmanager
 def walk(scene: Scene, exact: bool = True) -> Iterator[Walk]:
     """The scene's model, to show batches to. exact: experts' weights in float32, else perhaps in the source's dtype."""
-    if scene.parts is not None:
-        with shelf(scene.scratch, scene.memory_bytes) as kept:
-            yield Walk(scene.parts(exact), kept)
-        return
-    assert scene.model is not None
-    model = scene.model(None)
-    model.requires_grad_(False)
-    yield Walk(resident(model, scene.spec))
+    with quick_linears():
+        if scene.parts is not None:
+            with shelf(scene.scratch, scene.memory_bytes) as kept:
+                yield Walk(scene.parts(exact), kept)
+            return
+        assert scene.model is not None
+        model = scene.model(None)
+        model.requires_grad_(False)
+        yield Walk(resident(model, scene.spec))
 
 
 def whole_model(scene: Scene, attention: str | None, who: str) -> Any:
