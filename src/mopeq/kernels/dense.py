@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mopeq.kernels.build import dense
-from mopeq.kernels.threads import share
+from mopeq.kernels.threads import share, threads_for
 
 torch_linear = functional.linear
 SMALL = 1 << 21  # multiplications; below, torch is as fast
+SHARE = 1 << 27  # for a thread to be woken: some 0.6 ms
 
 
 class Factor(ctypes.Structure):
@@ -96,4 +97,5 @@ def run(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, add: bool) -> None:
     (m, k), n = a.shape, b.shape[1]
     factors = (Factor(t.data_ptr(), *t.stride()) for t in (a, b))
     job = Job(*factors, c_MN.data_ptr(), m, k, n, c_MN.stride(0), add)
-    share(lambda thread, threads: lib.mopeq_dense(ctypes.byref(job), thread, threads))
+    wanted = threads_for(m * k * n, SHARE)
+    share(lambda thread, threads: lib.mopeq_dense(ctypes.byref(job), thread, threads), wanted)

@@ -19,12 +19,18 @@ def pool(n: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=pool.cache_clear)
 
 
-def share(work: Callable[[int, int], int]) -> None:
-    """Calls work(thread, threads) for every thread; MemoryError where one does not return 0."""
-    n = torch.get_num_threads()
+def share(work: Callable[[int, int], int], threads: int | None = None) -> None:
+    """Calls work(thread, threads) for every thread, of torch's number unless said; MemoryError where one does not
+    return 0."""
+    n = torch.get_num_threads() if threads is None else threads
     if n == 1:
         failed = work(0, 1)
     else:
         failed = any(list(pool(n).map(lambda thread: work(thread, n), range(n))))
     if failed:
         raise MemoryError("no memory to work in")
+
+
+def threads_for(operations: int, least: int) -> int:
+    """How many of torch's threads to wake, where one should have `least` operations at least to be worth it."""
+    return max(1, min(torch.get_num_threads(), operations // least))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mopeq.kernels.build import forms
-from mopeq.kernels.threads import share
+from mopeq.kernels.threads import share, threads_for
 from mopeq.tensors import QWeight
 
 TILE = 64  # tokens, and outputs, that forms.c takes together
+SHARE = 1 << 26  # multiplications for a thread to be woken
 
 
 def output_errors(candidates: Sequence[QWeight], w_NC: Tensor, x_SC: Tensor, weight_S: Tensor) -> Tensor:
@@ -86,5 +87,6 @@ def along_compiled(candidates: Sequence[QWeight], w_NC: Tensor, x_SC: Tensor, g_
     made = torch.empty(-(-out // TILE), count, -(-tokens // TILE) * TILE)
     pointers = (x.data_ptr(), g.data_ptr(), w.data_ptr(), ctypes.addressof(array))
     job = Job(*pointers, tokens, n, out, count, made.data_ptr())
-    share(lambda thread, threads: lib.mopeq_forms(ctypes.byref(job), thread, threads))
+    wanted = threads_for(tokens * n * out * count, SHARE)
+    share(lambda thread, threads: lib.mopeq_forms(ctypes.byref(job), thread, threads), wanted)
     return made.double().sum(0)[:, :tokens].T

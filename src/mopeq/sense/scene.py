@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,15 +57,19 @@ class Scene:
 @contextmanager
 def walk(scene: Scene, exact: bool = True) -> Iterator[Walk]:
     """The scene's model, to show batches to. exact: experts' weights in float32, else perhaps in the source's dtype."""
-    with quick_linears():
-        if scene.parts is not None:
-            with shelf(scene.scratch, scene.memory_bytes) as kept:
-                yield Walk(scene.parts(exact), kept)
-            return
-        assert scene.model is not None
-        model = scene.model(None)
-        model.requires_grad_(False)
-        yield Walk(resident(model, scene.spec))
+    gc.freeze()  # what is there by now, libraries above all, is not looked through again and again
+    try:
+        with quick_linears():
+            if scene.parts is not None:
+                with shelf(scene.scratch, scene.memory_bytes) as kept:
+                    yield Walk(scene.parts(exact), kept)
+                return
+            assert scene.model is not None
+            model = scene.model(None)
+            model.requires_grad_(False)
+            yield Walk(resident(model, scene.spec))
+    finally:
+        gc.unfreeze()
 
 
 def whole_model(scene: Scene, attention: str | None, who: str) -> Any:
