@@ -22,12 +22,14 @@ ROUND = Path(__file__).with_name("round.c")
 GPTQ = Path(__file__).with_name("gptq.c")
 FORMS = Path(__file__).with_name("forms.c")
 DENSE = Path(__file__).with_name("dense.c")
-PRODUCT, HALVES = (Path(__file__).with_name(name) for name in ("product.h", "halves.h"))
+TEAM, TILE, PRODUCT, HALVES = (
+    Path(__file__).with_name(name) for name in ("team.h", "cpu_tile.h", "product.h", "halves.h")
+)
 PARTS = {
-    SOURCE: (SOURCE.with_name("cpu_tile.h"),),
-    GPTQ: (PRODUCT,),
-    FORMS: (PRODUCT, HALVES),
-    DENSE: (PRODUCT, HALVES),
+    SOURCE: (TEAM, TILE),
+    GPTQ: (TEAM, PRODUCT),
+    FORMS: (TEAM, PRODUCT, HALVES),
+    DENSE: (TEAM, PRODUCT, HALVES),
 }  # what a file includes
 FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 BEST = 3  # the widest set of instructions that product.h knows
@@ -97,6 +99,13 @@ def openmp() -> int:
     return 0
 
 
+def use_threads(lib: ctypes.CDLL) -> None:
+    """Has a library take torch's own threads (team.h)."""
+    lib.mopeq_use_threads.argtypes = (ctypes.c_void_p,)
+    lib.mopeq_use_threads.restype = None
+    lib.mopeq_use_threads(openmp())
+
+
 @cache
 def rounding() -> ctypes.CDLL | None:
     """Rounding to nearest (round.c), or None: torch does the same."""
@@ -109,11 +118,12 @@ def rounding() -> ctypes.CDLL | None:
 
 
 def shared_job(file: Path) -> ctypes.CDLL | None:
-    """A file that product.h serves, set to its best instructions; its `mopeq_<file>` does a thread's share of a job."""
+    """A file that product.h serves, set to its best instructions; its `mopeq_<file>` does a job on so many threads."""
     lib, _ = compiled(file) if platform.machine() in ("x86_64", "AMD64") else (None, "")
     if lib is None or not getattr(lib, f"mopeq_{file.stem}_set")(BEST):
         return None
-    getattr(lib, f"mopeq_{file.stem}").argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    getattr(lib, f"mopeq_{file.stem}").argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    use_threads(lib)
     return lib
 
 
@@ -148,9 +158,7 @@ def declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.mopeq_experts.restype = size
     lib.mopeq_order.argtypes = (count, address, count, count, size, *numbers, *arrays, count)
     lib.mopeq_order.restype = None
-    lib.mopeq_use_threads.argtypes = (address,)
-    lib.mopeq_use_threads.restype = None
-    lib.mopeq_use_threads(openmp())
+    use_threads(lib)
     return lib
 
 

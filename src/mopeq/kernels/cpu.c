@@ -15,6 +15,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "team.h"
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #define X86 1
@@ -353,11 +355,6 @@ static void work(void *call, float *scratch) {
     work_at(0, c->parts, c, scratch);
 }
 
-/* Threads are those of the OpenMP that torch has loaded. After each of torch's own operators they keep their cores busy
-   for a while, waiting for the next, so that threads of our own would have to take the cores from them. */
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
-static Parallel parallel; /* GOMP_parallel, or NULL: one thread */
-
 typedef struct {
     void (*work)(void *, float *);
     void *of;
@@ -369,13 +366,6 @@ typedef struct {
 static void join_in(void *team) {
     Team *t = team;
     t->work(t->of, t->scratch + atomic_fetch_add(&t->next, 1) * t->floats);
-}
-
-static void after_fork(void) { parallel = 0; } /* its threads do not survive a fork, and it does not know */
-
-void mopeq_use_threads(Parallel of) {
-    if (of) pthread_atfork(0, 0, after_fork);
-    parallel = of;
 }
 
 /* `work` on as many threads, `floats` of scratch for each. */

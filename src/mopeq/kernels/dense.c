@@ -16,8 +16,9 @@ typedef struct {
 } Job;
 
 #ifdef WITH_AMX
-/* Does a thread's share of a job: every threads-th 64 columns. */
-WITH_HALVES int mopeq_dense(const Job *f, int64_t thread, int64_t threads) {
+/* A share of a job: every shares-th 64 columns. */
+WITH_HALVES static int columns(const void *job, int64_t share, int64_t shares) {
+    const Job *f = job;
     const int64_t stride = DEEP + PAD;
     void *room = NULL;
     if (posix_memalign(&room, 64, (ROWS * stride + DEEP * LANES + LANES * LANES) * 4)) return NO_MEMORY;
@@ -31,7 +32,7 @@ WITH_HALVES int mopeq_dense(const Job *f, int64_t thread, int64_t threads) {
             const int64_t depth = f->k - from < DEEP ? f->k - from : DEEP;
             const int add = f->add || from;
             rows_of(&f->a, first, held, from, depth, a_high, a_low, stride);
-            for (int64_t lane = thread * LANES; lane < f->n; lane += threads * LANES) {
+            for (int64_t lane = share * LANES; lane < f->n; lane += shares * LANES) {
                 const int64_t lanes = f->n - lane < LANES ? f->n - lane : LANES;
                 const int both = columns_of(&f->b, lane, lanes, from, depth, b_high, b_low);
                 for (int64_t r = 0; r < held; r += 32) {
@@ -56,8 +57,10 @@ WITH_HALVES int mopeq_dense(const Job *f, int64_t thread, int64_t threads) {
     return DONE;
 }
 #else
-int mopeq_dense(const Job *f, int64_t thread, int64_t threads) { return NO_MEMORY; }
+static int columns(const void *job, int64_t share, int64_t shares) { return NO_MEMORY; }
 #endif
 
 /* AMX where the processor has it, else NONE. */
 int mopeq_dense_set(int most) { return widest_set(most) == AMX ? AMX : NONE; }
+
+int mopeq_dense(const Job *f, int64_t threads) { return in_shares(columns, f, threads); }

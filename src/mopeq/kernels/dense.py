@@ -97,5 +97,4 @@ def run(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, add: bool) -> None:
     (m, k), n = a.shape, b.shape[1]
     factors = (Factor(t.data_ptr(), *t.stride()) for t in (a, b))
     job = Job(*factors, c_MN.data_ptr(), m, k, n, c_MN.stride(0), add)
-    wanted = threads_for(m * k * n, SHARE)
-    share(lambda thread, threads: lib.mopeq_dense(ctypes.byref(job), thread, threads), wanted)
+    share(lib.mopeq_dense, job, threads_for(m * k * n, SHARE))

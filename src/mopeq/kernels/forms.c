@@ -59,7 +59,8 @@ INLINE void turn_gradients(const Job *f, int64_t first, int64_t rows, int64_t pa
 
 INLINE int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
 
-WITH_AVX512 static int blocks_512(const Job *f, int64_t thread, int64_t threads) {
+WITH_AVX512 static int blocks_512(const void *job, int64_t share, int64_t shares) {
+    const Job *f = job;
     const int64_t n = f->n, padded = (f->tokens + LANES - 1) / LANES * LANES;
     float *turned = malloc((n * padded + LANES * n + LANES * LANES + LANES * padded) * sizeof(float));
     if (!turned) return NO_MEMORY;
@@ -67,7 +68,7 @@ WITH_AVX512 static int blocks_512(const Job *f, int64_t thread, int64_t threads)
     for (int64_t t = 0; t < padded; t++) /* [tokens / 64, n, 64 tokens], zeros beyond */
         for (int64_t j = 0; j < n; j++)
             turned[t / LANES * n * LANES + j * LANES + t % LANES] = t < f->tokens ? f->x[t * n + j] : 0;
-    for (int64_t first = thread * LANES; first < f->out; first += threads * LANES) {
+    for (int64_t first = share * LANES; first < f->out; first += shares * LANES) {
         const int64_t rows = less(f->out - first, LANES);
         turn_gradients(f, first, rows, padded, g);
         for (int64_t i = 0; i < f->count; i++) {
@@ -84,7 +85,8 @@ WITH_AVX512 static int blocks_512(const Job *f, int64_t thread, int64_t threads)
 }
 
 #ifdef WITH_AMX
-WITH_HALVES static int blocks_amx(const Job *f, int64_t thread, int64_t threads) {
+WITH_HALVES static int blocks_amx(const void *job, int64_t share, int64_t shares) {
+    const Job *f = job;
     const int64_t n = f->n, deep = (n + 31) / 32 * 32, stride = deep + PAD, tile = deep * LANES; /* floats */
     const int64_t padded = (f->tokens + LANES - 1) / LANES * LANES;
     void *room = NULL;
@@ -98,7 +100,7 @@ WITH_HALVES static int blocks_amx(const Job *f, int64_t thread, int64_t threads)
         if (!columns_of(&x, t, less(f->tokens - t, LANES), 0, n, to, to + tile / 2)) memset(to + tile / 2, 0, tile * 2);
     }
     begin_amx();
-    for (int64_t first = thread * LANES; first < f->out; first += threads * LANES) {
+    for (int64_t first = share * LANES; first < f->out; first += shares * LANES) {
         const int64_t rows = less(f->out - first, LANES);
         turn_gradients(f, first, rows, padded, g);
         for (int64_t i = 0; i < f->count; i++) {
@@ -120,7 +122,7 @@ WITH_HALVES static int blocks_amx(const Job *f, int64_t thread, int64_t threads)
     return DONE;
 }
 #else
-static int blocks_amx(const Job *f, int64_t thread, int64_t threads) { return blocks_512(f, thread, threads); }
+static int blocks_amx(const void *job, int64_t share, int64_t shares) { return blocks_512(job, share, shares); }
 #endif
 
 static int in_use = NONE;
@@ -131,7 +133,5 @@ int mopeq_forms_set(int most) {
     return in_use = have >= AVX512 ? have : NONE;
 }
 
-/* Does a thread's share of a job: every threads-th 64 outputs. */
-int mopeq_forms(const Job *f, int64_t thread, int64_t threads) {
-    return (in_use == AMX ? blocks_amx : blocks_512)(f, thread, threads);
-}
+/* Each thread takes 64 outputs, and others after them. */
+int mopeq_forms(const Job *f, int64_t threads) { return in_shares(in_use == AMX ? blocks_amx : blocks_512, f, threads); }

@@ -52,6 +52,65 @@ static inline Half half_of(const Job *f, int64_t expert) {
     return (Half){f->half + expert * padded * stride, padded, stride};
 }
 
+/* ------------------------------------------------------------------------------------------- products by AMX */
+
+/* `product` by AMX, 64 lanes; n and rows are rounded up to 32. `a` is bf16; b [n / 2, 64] holds bf16 of two rows each. */
+#ifdef WITH_AMX
+WITH_AMX static void product_amx(int rows, int64_t n, const uint16_t *a, int64_t stride, const uint32_t *b, float *c,
+                                 int add) {
+    const int64_t wide = 2 * stride, line = 4 * LANES; /* bytes from row to row */
+    for (int i = 0; i < rows; i += 32) {
+        for (int l = 0; l < LANES; l += 32) {
+            float *corner = c + i * LANES + l, *below = corner + 16 * LANES;
+            if (add) {
+                _tile_loadd(0, corner, line);
+                _tile_loadd(1, corner + 16, line);
+                _tile_loadd(2, below, line);
+                _tile_loadd(3, below + 16, line);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (int64_t k = 0; k < n; k += 32) {
+                _tile_loadd(4, a + i * stride + k, wide);
+                _tile_loadd(5, a + (i + 16) * stride + k, wide);
+                _tile_loadd(6, b + k / 2 * LANES + l, line);
+                _tile_loadd(7, b + k / 2 * LANES + l + 16, line);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, corner, line);
+            _tile_stored(1, corner + 16, line);
+            _tile_stored(2, below, line);
+            _tile_stored(3, below + 16, line);
+        }
+    }
+}
+#else
+INLINE void product_amx(int rows, int64_t n, const uint16_t *a, int64_t stride, const uint32_t *b, float *c, int add) {}
+#endif
+
+/* Rows of a tile of 64 lanes as bf16, two rows in a word; rows beyond `held` up to a multiple of 32 are zeros. */
+INLINE uint32_t rounded_half(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u + 0x7fff + ((u >> 16) & 1);
+}
+
+INLINE void pair_rows(const float *x, int held, uint32_t *pairs) {
+    for (int j = 0; j < held; j += 2) {
+        uint32_t *row = pairs + j / 2 * LANES;
+        for (int l = 0; l < LANES; l++) row[l] = rounded_half(x[j * LANES + l]) >> 16;
+        if (j + 1 == held) break;
+        for (int l = 0; l < LANES; l++) row[l] |= rounded_half(x[(j + 1) * LANES + l]) & 0xffff0000u;
+    }
+    for (int j = (held + 1) / 2; j < (held + 31) / 32 * 16; j++) memset(pairs + j * LANES, 0, LANES * 4);
+}
+
 /* ---------------------------------------------------------------------------------------------------- lanes */
 
 static const float SMALLEST = 0x1p-24f, NORMAL = 0x1p-14f, LARGEST = 65504.0f;
@@ -379,7 +438,8 @@ INLINE int tiles(const Job *f, int64_t first, int64_t step, int lanes, int set) 
 
 /* Few outputs take narrow tiles. */
 #define TILES(name, attribute, set)                                                                                   \
-    attribute static int name(const Job *f, int64_t first, int64_t step) {                                            \
+    attribute static int name(const void *job, int64_t first, int64_t step) {                                         \
+        const Job *f = job;                                                                                           \
         return f->out > 2 * FEW_LANES ? tiles(f, first, step, LANES, set) : tiles(f, first, step, FEW_LANES, set);    \
     }
 
@@ -387,9 +447,9 @@ TILES(tiles_avx2, WITH_AVX2, AVX2)
 TILES(tiles_512, WITH_AVX512, AVX512)
 
 /* With f->half. */
-static int tiles_amx(const Job *f, int64_t first, int64_t step) {
+static int tiles_amx(const void *job, int64_t first, int64_t step) {
     begin_amx();
-    const int found = tiles_512(f, first, step);
+    const int found = tiles_512(job, first, step);
     end_amx();
     return found;
 }
@@ -402,7 +462,7 @@ int mopeq_gptq_set(int most) { return in_use = widest_set(most); }
 /* Whether a job of such groups and outputs should come with `half`. */
 int mopeq_gptq_tiled(int group, int64_t out) { return in_use == AMX && group % 32 == 0 && out > 2 * FEW_LANES; }
 
-/* Does a thread's share of a job: every step-th tile from the first. */
-int mopeq_gptq(const Job *f, int64_t first, int64_t step) {
-    return f->half ? tiles_amx(f, first, step) : in_use == AVX2 ? tiles_avx2(f, first, step) : tiles_512(f, first, step);
+/* Each thread takes a tile, and others after it. */
+int mopeq_gptq(const Job *f, int64_t threads) {
+    return in_shares(f->half ? tiles_amx : in_use == AVX2 ? tiles_avx2 : tiles_512, f, threads);
 }

@@ -1,33 +1,17 @@
-"""Shares a C function's work among as many threads as torch takes."""
+"""How many threads C files get of torch's."""
 
 from __future__ import annotations
 
-import os
+import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from typing import Any
 
 import torch
 
 
-@cache
-def pool(n: int) -> ThreadPoolExecutor:
-    """Threads that wait for work; a process forked off has none of them, and makes its own."""
-    return ThreadPoolExecutor(n)
-
-
-os.register_at_fork(after_in_child=pool.cache_clear)
-
-
-def share(work: Callable[[int, int], int], threads: int | None = None) -> None:
-    """Calls work(thread, threads) for every thread, of torch's number unless said; MemoryError where one does not
-    return 0."""
-    n = torch.get_num_threads() if threads is None else threads
-    if n == 1:
-        failed = work(0, 1)
-    else:
-        failed = any(list(pool(n).map(lambda thread: work(thread, n), range(n))))
-    if failed:
+def share(work: Callable[[Any, int], int], job: ctypes.Structure, threads: int | None = None) -> None:
+    """Has a C function do a job, on as many threads as torch takes unless said. MemoryError."""
+    if work(ctypes.byref(job), torch.get_num_threads() if threads is None else threads):
         raise MemoryError("no memory to work in")
 
 

@@ -89,4 +89,4 @@ def run(job: Job, tensors: dict[str, Tensor]) -> None:
     job.experts, job.n, job.out = tensors["w"].shape
     for name, t in tensors.items():
         setattr(job, name, t.data_ptr())
-    share(lambda thread, threads: lib.mopeq_gptq(ctypes.byref(job), thread, threads))
+    share(lib.mopeq_gptq, job)

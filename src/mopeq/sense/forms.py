@@ -87,6 +87,5 @@ def along_compiled(candidates: Sequence[QWeight], w_NC: Tensor, x_SC: Tensor, g_
     made = torch.empty(-(-out // TILE), count, -(-tokens // TILE) * TILE)
     pointers = (x.data_ptr(), g.data_ptr(), w.data_ptr(), ctypes.addressof(array))
     job = Job(*pointers, tokens, n, out, count, made.data_ptr())
-    wanted = threads_for(tokens * n * out * count, SHARE)
-    share(lambda thread, threads: lib.mopeq_forms(ctypes.byref(job), thread, threads), wanted)
+    share(lib.mopeq_forms, job, threads_for(tokens * n * out * count, SHARE))
     return made.double().sum(0)[:, :tokens].T
