@@ -64,7 +64,7 @@ class Item:
 
 
 class Shelf:
-    """Keeps tensors until they are taken back, each once. `memory_bytes` of them stay in memory, all without folder."""
+    """Keeps tensors until they are taken back. `memory_bytes` of them stay in memory, all without folder."""
 
     def __init__(self, folder: Path | None = None, memory_bytes: int = 1 << 62):
         self.folder, self.free, self.written = folder, memory_bytes, 0
@@ -85,15 +85,25 @@ class Shelf:
             place = self.write(tensor.detach().cpu().contiguous())
         return Ticket(place, tensor.shape, tensor.dtype, tensor.device)
 
-    def take(self, ticket: Ticket) -> Tensor:
-        """The tensor, for good."""
+    def look(self, ticket: Ticket) -> Tensor:
+        """The tensor, which stays here: not to be changed."""
         if isinstance(ticket.held, Tensor):
-            self.free += ticket.held.nbytes
             return ticket.held
         tensor = torch.empty(ticket.shape, dtype=ticket.dtype)
         read_into(ticket.held, tensor.data_ptr(), tensor.nbytes)
-        ticket.held.unlink()
         return tensor.to(ticket.device)
+
+    def drop(self, ticket: Ticket) -> None:
+        if isinstance(ticket.held, Tensor):
+            self.free += ticket.held.nbytes
+        else:
+            ticket.held.unlink()
+
+    def take(self, ticket: Ticket) -> Tensor:
+        """The tensor, for good."""
+        tensor = self.look(ticket)
+        self.drop(ticket)
+        return tensor
 
     def write(self, what: Tensor | UntypedStorage) -> Path:
         assert self.folder is not None

@@ -9,7 +9,8 @@ and random draws come in the order of a plain loop. Whatever a model does betwee
 
 Backward (`walk.gradients`) a decoder layer is recomputed from the inputs kept at its border, with its weights read for
 the second time, and its part of the chain rule is applied: the gradients are of the whole loss, exact, and no more
-than one layer's graph exists. What lies between the parts keeps its (small) graph.
+than one layer's graph exists. What lies between the parts keeps its (small) graph. `walk.curvatures` does so to second
+order (curving.py).
 
 Without streamed parts the same calls run the whole model batch by batch: the plain loop that all else must equal.
 """
@@ -18,19 +19,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from mopeq.nouns import MoELayer
+from mopeq.walk.borders import Call, Chain, Record
+from mopeq.walk.curving import Curve, Probes, bend_probes
 from mopeq.walk.parts import HEAD, CannotWalk, Part, Parts, Resident
-from mopeq.walk.shelf import Luggage, Shelf, Ticket, storages
+from mopeq.walk.shelf import Luggage, Shelf, storages
 
 Run = Callable[[], Tensor | None]  # one batch through the model; on the way back, the loss it returns is differentiated
 _here = threading.local()  # .job: the job whose thread this is
@@ -40,25 +43,12 @@ class Dropped(BaseException):
     """Ends the thread of a job that nobody waits for any more."""
 
 
-@dataclass
-class Call:
-    """A part that a batch has come to, with what its forward was called with."""
-
-    part: Part
-    forward: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    context: Context  # transformers keeps what its hooks record in context variables
-
-    def run(self) -> Any:
-        return self.context.run(self.forward, *self.args, **self.kwargs)
-
-
 class Job:
     """One batch's way through the model. `go` lets it move until it comes to a part (`call`) or ends."""
 
-    def __init__(self, number: int, run: Run, luggage: Luggage, differentiable: bool, ahead: bool = False):
-        self.number, self.run, self.differentiable, self.ahead = number, run, differentiable, ahead
+    def __init__(self, number: int, run: Run, luggage: Luggage, chain: Chain | None = None, ahead: bool = False):
+        """`chain`: for the way back, where there is one."""
+        self.number, self.run, self.chain, self.ahead = number, run, chain, ahead
         self.luggage = luggage
         self.call: Call | None = None
         self.loss: Tensor | None = None
@@ -87,7 +77,7 @@ class Job:
     def live(self) -> None:
         _here.job = self
         try:
-            with torch.set_grad_enabled(self.differentiable), self.luggage.watching():
+            with torch.set_grad_enabled(self.chain is not None), self.luggage.watching():
                 self.loss = self.run()
         except Dropped:
             return
@@ -133,116 +123,17 @@ class Visit:
             pass
 
 
-class Border(torch.autograd.Function):
-    """Ties a layer's outputs, computed without a graph, to the record that will take their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, record: Record, anchor: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.record = record
-        ctx.mark_dirty(*outputs)  # they are ours: given on as they are, no views
-        ctx.set_materialize_grads(False)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        ctx.record.receive(gradients)
-        return (None, None, *[None for _ in gradients])
-
-
-@dataclass
-class Record:
-    """What one batch leaves at a layer's border on the way forward, for the way back."""
-
-    number: int
-    call: Call
-    luggage: Luggage
-    leaves: list[Any] = field(default_factory=list)  # of the call's arguments; None where `kept` has them
-    kept: dict[int, tuple[Ticket, Any]] = field(default_factory=dict)  # hidden states; their edge in the graph, if any
-    shape: Any = None
-    gradients: dict[int, Ticket] = field(default_factory=dict)  # by floating output
-
-    def forward(self) -> Any:
-        """Run the part without a graph; its outputs are differentiable."""
-        from transformers.cache_utils import Cache
-
-        self.leaves, self.shape = tree_flatten((self.call.args, self.call.kwargs))
-        if any(isinstance(x, Cache) for x in self.leaves):
-            raise CannotWalk(f"{self.call.part.name} fills a cache")
-        before = [(id(x), x._version) if isinstance(x, Tensor) else id(x) for x in self.leaves]
-        with torch.no_grad(), self.luggage.using():
-            made = self.call.run()
-        after = tree_flatten((self.call.args, self.call.kwargs))[0]
-        if before != [(id(x), x._version) if isinstance(x, Tensor) else id(x) for x in after]:
-            raise CannotWalk(f"{self.call.part.name} changes what it is given")
-        outputs, shape = tree_flatten(made)
-        floating = floats(outputs)
-        alike = {outputs[i].shape for i in floating}  # of the first layer's inputs, which have no gradient
-        for i, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor) and (leaf.requires_grad or (leaf.is_floating_point() and leaf.shape in alike)):
-                edge = torch.autograd.graph.get_gradient_edge(leaf) if leaf.requires_grad else None
-                self.kept[i] = (self.shelf.keep(leaf.detach()), edge)
-                self.leaves[i] = None
-        self.luggage.stay(self.leaves)
-        self.call.args, self.call.kwargs = (), {}
-        inputs = {t.untyped_storage().data_ptr() for t in after if isinstance(t, Tensor)}
-        new = [
-            t.clone() if t._is_view() or t.untyped_storage().data_ptr() in inputs else t
-            for t in (outputs[i] for i in floating)
-        ]
-        anchor = torch.zeros((), requires_grad=True)
-        with torch.enable_grad():
-            tied = Border.apply(self, anchor, *new)
-        for i, tensor in zip(floating, tied, strict=True):
-            outputs[i] = tensor
-        return tree_unflatten(outputs, shape)
-
-    @property
-    def shelf(self) -> Shelf:
-        return self.luggage.shelf
-
-    def receive(self, gradients: Sequence[Tensor | None]) -> None:
-        """A gradient of the outputs; several add up."""
-        for i, g in enumerate(gradients):
-            if g is not None:
-                if i in self.gradients:
-                    g = self.shelf.take(self.gradients[i]) + g
-                self.gradients[i] = self.shelf.keep(g)
-
-    def again(self, leaves: list[Any]) -> list[Any]:
-        args, kwargs = tree_unflatten(leaves, self.shape)
-        return tree_flatten(self.call.context.run(self.call.forward, *args, **kwargs))[0]
-
-    def backward(self) -> None:
-        """Run the part again, with a graph, and hand the gradients of its inputs on to what made them."""
-        leaves = list(self.leaves)
-        for i, (ticket, _) in self.kept.items():
-            leaves[i] = self.shelf.take(ticket)
-        ins = {i: leaves[i].requires_grad_() for i, (_, edge) in self.kept.items() if edge is not None}
-        with torch.enable_grad(), self.luggage.using():
-            made = self.again(leaves)
-        outputs = [made[i] for i in floats(made)]
-        found = {i: self.shelf.take(ticket) for i, ticket in self.gradients.items()}
-        roots = [i for i in found if outputs[i].requires_grad]
-        torch.autograd.backward([outputs[i] for i in roots], [found.pop(i) for i in roots])
-        edges = [(self.kept[i][1], x.grad) for i, x in ins.items() if x.grad is not None]
-        del made, outputs
-        if edges:  # retained: a border's inputs may share what lies before them with other borders
-            torch.autograd.backward([e for e, _ in edges], [g for _, g in edges], retain_graph=True)
-
-
-def floats(leaves: list[Any]) -> list[int]:
-    return [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
 class Walk:
     """A model's parts, and the batch that moves: `now` is its number, for those who watch.
 
-    CannotWalk (from `forward` and `gradients`) where layers are entered twice or share state that changes.
+    `probes`: those of the run, or part, that ran last (`curvatures`). CannotWalk (from every kind of walk) where layers
+    are entered twice or share state that changes.
     """
 
     def __init__(self, parts: Parts | Resident, shelf: Shelf | None = None):
         self.parts, self.model, self.shelf = parts, parts.model, shelf or Shelf()
         self.now = 0
+        self.probes: Probes = {}
 
     @property
     def device(self) -> str:
@@ -260,9 +151,9 @@ class Walk:
         layers_only=True: nobody asks for what the runs return, so the last MoE layer may be the end.
         """
         if self.whole:
-            yield self.plainly(runs, False, ahead)
+            yield self.plainly(runs, None, ahead)
             return
-        for visit, more in self.onward(runs, None, ahead):
+        for visit, more in self.onward(runs, None, ahead, []):
             yield visit
             if layers_only and not more:
                 return
@@ -271,26 +162,42 @@ class Walk:
         """As `forward`, and then back: each run's loss is differentiated. Visits with `backward` are where gradients
         flow; the order of the batches is the same there."""
         if self.whole:
-            yield self.plainly(runs, True, ahead)
+            yield self.plainly(runs, Tensor.backward, ahead)
             return
+        yield from self.there_and_back(runs, Chain, ahead)
+
+    def curvatures(self, runs: Sequence[Run]) -> Iterator[Visit]:
+        """As `gradients`, of second order: watchers put probes into the parts (`probes[key] = leaf`, zeros that require
+        a gradient), and as each batch has passed a visit with `backward`, these have as `grad` the sums of their rows
+        in the matrix of second derivatives by all of the run's probes."""
+        if self.whole:
+            yield self.plainly(runs, partial(bend_probes, self.probes))
+            return
+        yield from self.there_and_back(runs, partial(Curve, probes=self.probes))
+
+    def there_and_back(
+        self, runs: Sequence[Run], chain: Callable[[Luggage], Chain], ahead: Sequence[Run] = ()
+    ) -> Iterator[Visit]:
         trail: list[tuple[Part, list[Record]]] = []
-        for visit, _ in self.onward(runs, trail, ahead):
+        for visit, _ in self.onward(runs, chain, ahead, trail):
             yield visit
         while trail:
             part, records = trail.pop()
             with self.parts.loaded(part):
                 yield Visit(part.layers, True, partial(self.back, records), lambda: iter(()))
 
-    def plainly(self, runs: Sequence[Run], backward: bool, ahead: Sequence[Run]) -> Visit:
-        """One visit for the whole model, batch by batch."""
+    def plainly(self, runs: Sequence[Run], end: Callable[[Tensor], None] | None, ahead: Sequence[Run] = ()) -> Visit:
+        """One visit for the whole model, batch by batch; `end` differentiates a loss."""
+        backward = end is not None
 
         def each() -> Iterator[None]:
             for number, one in enumerate(runs):
                 self.now = number
+                self.probes.clear()
                 with torch.set_grad_enabled(backward):
                     loss = one()
-                if backward and loss is not None:
-                    loss.backward()
+                if end is not None and loss is not None:
+                    end(loss)
                 yield
 
         def first() -> Iterator[None]:
@@ -314,11 +221,17 @@ class Walk:
             yield
 
     def onward(
-        self, runs: Sequence[Run], trail: list[tuple[Part, list[Record]]] | None, ahead: Sequence[Run]
+        self,
+        runs: Sequence[Run],
+        chain: Callable[[Luggage], Chain] | None,
+        ahead: Sequence[Run],
+        trail: list[tuple[Part, list[Record]]],
     ) -> Iterator[tuple[Visit, bool]]:
         """Visits, and whether MoE layers are to come: after the last, those that go ahead go no further."""
-        jobs = [Job(number, run, Luggage(self.shelf), False, ahead=True) for number, run in enumerate(ahead)]
-        jobs += [Job(number, run, Luggage(self.shelf), trail is not None) for number, run in enumerate(runs)]
+        jobs = [Job(number, run, Luggage(self.shelf), ahead=True) for number, run in enumerate(ahead)]
+        for number, run in enumerate(runs):
+            luggage = Luggage(self.shelf)
+            jobs.append(Job(number, run, luggage, None if chain is None else chain(luggage)))
         own = [(part.module, part.module.__dict__.get("forward")) for part in self.parts.parts]
         for part in self.parts.parts:
             part.module.forward = stopping(part, part.module.forward)
@@ -341,7 +254,7 @@ class Walk:
                     each = partial(self.pass_part, part, [job for job in here if not job.ahead], records)
                     first = partial(self.pass_part, part, [job for job in here if job.ahead], records, ends)
                     yield Visit(part.layers, False, each, first), bool(left)
-                if records and trail is not None:
+                if records:
                     trail.append((part, records))
                     records = []
         finally:
@@ -361,14 +274,14 @@ class Walk:
             self.now = job.number
             job.luggage.pick_up()
             call, job.call = job.call, None
-            if not job.differentiable or not (part.layers or needs_gradient(call)):
+            if job.chain is None or not (part.layers or needs_gradient(call)):
                 with torch.no_grad(), job.luggage.using():
                     made = call.run()
             elif part.order[0] == HEAD:  # its graph is short-lived: the loss follows at once
                 with torch.enable_grad(), job.luggage.using():
                     made = call.run()
             else:
-                records.append(Record(job.number, call, job.luggage))
+                records.append(job.chain.record(job.number, call))
                 made = records[-1].forward()
             job.luggage.see(made, whose(part, call))
             del call
@@ -384,14 +297,14 @@ class Walk:
         """Let a job move to the next streamed part, or to its end; resident parts run on the way."""
         job.go(given)
         while job.call is not None and not job.call.part.streamed:
-            with torch.set_grad_enabled(job.differentiable), job.luggage.watching():
+            with torch.set_grad_enabled(job.chain is not None), job.luggage.watching():
                 given = job.call.run()
             job.go(given)
         del given
         if job.call is None:
             loss, job.loss = job.loss, None
-            if job.differentiable and loss is not None:
-                loss.backward(retain_graph=True)
+            if job.chain is not None and loss is not None:
+                job.chain.end(loss)
             job.luggage.end()
         job.luggage.lay_down()
 
