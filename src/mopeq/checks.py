@@ -140,7 +140,7 @@ def check_memory(job: Job) -> None:
     """BadInput where the memory allowed (or free) cannot hold one layer and what is done with it."""
     o, need = job.options, layer_bytes(job.spec, job.options, walked=not job.runs_whole)
     limit = available_memory() if o.memory_bytes is None else o.memory_bytes
-    if (o.senses and o.sensitivity == "hutchinson") or o.tune != "none":  # not layer by layer
+    if o.tune != "none":  # not layer by layer
         need = whole_bytes(job.spec, o)
     if need > limit:
         allows = "the machine has free" if o.memory_bytes is None else "--max-memory allows"

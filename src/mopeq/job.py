@@ -126,12 +126,12 @@ def source_model(job: Job, attention: str | None) -> Any:
     return load_model(job.folder, torch.float32, pick_device(job.options.device), attention)
 
 
-def source_parts(job: Job, exact: bool) -> Any:
+def source_parts(job: Job, exact: bool, attention: str | None = None) -> Any:
     """The source's model for a walk layer by layer (walk/parts.py)."""
     from mopeq.models import pick_device
     from mopeq.walk import parts
 
-    return parts.source_parts(job.folder, job.spec, pick_device(job.options.device), exact=exact)
+    return parts.source_parts(job.folder, job.spec, pick_device(job.options.device), attention, exact=exact)
 
 
 def by_layers_or_whole(job: Job, work: Callable[[Any], Any]) -> Any:

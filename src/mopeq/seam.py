@@ -317,12 +317,21 @@ class Seen:
     outputs: dict[str, Tensor]
 
 
+Change = Callable[[str, int, Tensor, Tensor], Tensor]
+
+
 def plain_forward(
-    module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, see: Callable[[Seen], None] | None = None
+    module: Any,
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    see: Callable[[Seen], None] | None = None,
+    change: Change | None = None,
 ) -> Tensor:
     """The experts' function written out, one expert after another; differentiable any number of times.
 
-    `see` is shown each expert that some token chose.
+    `see` is shown each expert that some token chose; `change(projection, expert, inputs [S, in], outputs [S, out])`
+    gives the outputs to go on with.
     """
     out_TH = torch.zeros_like(x_TH)
     names = ("gate", "up") if module.has_gate else ("up",)
@@ -331,7 +340,8 @@ def plain_forward(
 
     def project(p: str, e: int, x: Tensor) -> Tensor:
         b = biases[p]
-        return functional.linear(x, w[p][e].to(x.dtype), None if b is None else b[e])
+        y = functional.linear(x, w[p][e].to(x.dtype), None if b is None else b[e])
+        return y if change is None else change(p, e, x, y)
 
     parts = list(routed(index_TK, w["down"].shape[0]))
     inputs = taken(x_TH, [tokens for _, tokens, _ in parts])

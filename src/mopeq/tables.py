@@ -21,6 +21,7 @@ class Row:
     needs_data: bool = False  # whether it shows calibration data to the model
     by_method: bool = False  # whether its result depends on the quantizer
     needs_gradients: bool = False  # whether a walk goes back for the loss's gradients
+    probes: int = 0  # directions in which each batch is shown for second derivatives; also on the way forward they move
     sensed_as: str = ""  # a quantizer's: the faster one that stands in for it in sensing
 
 

@@ -81,7 +81,7 @@ def test_hutchinson_agrees_with_the_exact_trace_of_a_small_loss(scene: Scene, mo
     layer, module = pairs[-1]
     at = [i for i, linear in enumerate(found.linears) if linear.layer == layer.layer and linear.projection == "down"]
     e = int(np.argmax(np.abs(found.score_I[at])))
-    loss = hutchinson.mean_loss(model, shown.batches[0])
+    loss = hutchinson.mean_loss(Walk(resident(model, scene.spec)), shown.batches[0])
     gradient = torch.autograd.grad(loss, module.down_proj, create_graph=True)[0]
     whole = sum(
         torch.autograd.grad(gradient[e, r, c], module.down_proj, retain_graph=True)[0][e, r, c].item()

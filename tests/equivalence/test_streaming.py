@@ -18,6 +18,7 @@ from made import quantize
 from shared_files import shared
 from tiny_families import families, model_of, picture_inputs, speaker, text_inputs
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mopeq.embedded
 import mopeq.models
@@ -32,8 +33,8 @@ from mopeq.options import Options
 from mopeq.packed import read_map
 from mopeq.progress import silence
 from mopeq.rundir import CANDIDATES, Kept
-from mopeq.seam import Seen, plain_forward, watch
-from mopeq.sense import SENSORS, quadratic
+from mopeq.seam import Seen, model_layers, plain_forward, stored, views, watch
+from mopeq.sense import SENSORS, hutchinson, quadratic
 from mopeq.sense.scene import Scene
 from mopeq.tables import pick
 from mopeq.verbs.evaluate import evaluate
@@ -170,8 +171,8 @@ def test_gradients_are_those_of_the_whole_loss(kind: str, tmp_path: Path) -> Non
 def scene_of(kind: str, walked: bool, quantizer: str, scratch: Path) -> Scene:
     job = open_job(folder_of(kind), Options())
 
-    def parts(exact: bool) -> Parts:
-        return source_parts(job.folder, job.spec, exact=exact)
+    def parts(exact: bool, attention: str | None) -> Parts:
+        return source_parts(job.folder, job.spec, attention=attention, exact=exact)
 
     def model(attention: str | None) -> Any:
         return load_model(job.folder, torch.float32, "cpu", attention)
@@ -184,15 +185,23 @@ def scene_of(kind: str, walked: bool, quantizer: str, scratch: Path) -> Scene:
 @pytest.mark.parametrize("kind", ["olmoe", "deepseek_v2", "qwen3_vl_moe", "gpt_oss"])
 @pytest.mark.parametrize(
     ("sensor", "quantizer"),
-    [("frequency", "rtn"), ("error", "rtn"), ("fisher", "rtn"), ("fisher-seq", "rtn"), ("fisher", "signround")],
+    [
+        ("frequency", "rtn"),
+        ("error", "rtn"),
+        ("fisher", "rtn"),
+        ("fisher-seq", "rtn"),
+        ("fisher", "signround"),
+        ("hutchinson", "rtn"),
+    ],
 )
 def test_sensitivities_are_the_same_bit_for_bit(kind: str, sensor: str, quantizer: str, tmp_path: Path) -> None:
     found = [pick(SENSORS, sensor, "sensor")(scene_of(kind, walked, quantizer, tmp_path)) for walked in (False, True)]
     assert np.array_equal(found[0].cost_IF, found[1].cost_IF) and found[0].cost_IF.any()
     assert found[0].notes == found[1].notes
     assert found[0].tokens_LE is not None and np.array_equal(found[0].tokens_LE, found[1].tokens_LE)
-    if found[0].stderr_IF is not None:
-        assert np.array_equal(found[0].stderr_IF, found[1].stderr_IF)
+    for name in ("stderr_IF", "stderr_I"):
+        a, b = (getattr(one, name) for one in found)
+        assert (a is None and b is None) or np.array_equal(a, b)
     assert not list(tmp_path.iterdir())
 
 
@@ -243,9 +252,17 @@ def test_costs_that_settle_early_are_the_same_walked_or_not(
 
 @pytest.mark.parametrize(("kind", "method"), [("olmoe", "signround"), ("gpt_oss", "signround"), ("olmoe", "twosided")])
 def test_the_line_writes_the_same_bytes_within_less_memory(kind: str, method: str, tmp_path: Path) -> None:
+    same_bytes_within_less(kind, tmp_path, "fisher", method)
+
+
+def test_the_line_by_second_derivatives_within_less_memory(tmp_path: Path) -> None:
+    same_bytes_within_less("qwen3_vl_moe", tmp_path, "hutchinson", "rtn")
+
+
+def same_bytes_within_less(kind: str, tmp_path: Path, sensitivity: str, method: str) -> None:
     """Where `--max-memory` has no room for the whole model, the layers are walked; nothing else differs."""
     text = tiny.write_text(tmp_path / "calib.txt")
-    asked = {"sensitivity": "fisher", "method": method, "calib": (text,), "calib_tokens": 600}
+    asked = {"sensitivity": sensitivity, "method": method, "calib": (text,), "calib_tokens": 600}
     job = open_job(folder_of(kind), Options(**asked))
     least = layer_bytes(job.spec, job.options)
     assert least < whole_bytes(job.spec, job.options)
@@ -258,8 +275,6 @@ def test_the_line_writes_the_same_bytes_within_less_memory(kind: str, method: st
     assert made.digests(tmp_path / "whole") == made.digests(tmp_path / "walked")
     with pytest.raises(BadInput, match="max-memory"):
         quantize(job.folder, tmp_path / "less", max_memory=least - 1, **asked)
-    with pytest.raises(BadInput, match="hutchinson"):  # it differentiates twice
-        quantize(job.folder, tmp_path / "less", max_memory=least, **(asked | {"sensitivity": "hutchinson"}))
 
 
 @pytest.mark.parametrize("room", [0, pytest.param(300_000, marks=pytest.mark.slow)])
@@ -413,6 +428,94 @@ def test_eval_walks_the_original_where_both_do_not_fit(tmp_path: Path) -> None:
     assert whole == walked and whole["kl"] > 0 and whole["rows"] > 3
 
 
+# ---------------------------------------------------------------------------------------------- second derivatives
+
+
+def curved(walk: Walk, scene: Scene) -> Tensor:
+    """v * Hv of each batch, layer, expert and projection, by probes."""
+    prober: Any = hutchinson.Prober(scene, walk)
+    prober.counts.see = lambda *routing: None  # an encoder's and a decoder's tokens are two things
+    losses = [partial(square, walk, batch) for batch in scene.batches for _ in range(hutchinson.PROBES)]
+    with watch(walk.model, prober), sdpa_kernel(SDPBackend.MATH):
+        for visit in walk.curvatures(losses):
+            for _ in visit.each():
+                if visit.backward:
+                    prober.take()
+    return torch.from_numpy(prober.samples_SI(len(losses)))
+
+
+def square(walk: Walk, batch: dict[str, Tensor]) -> Tensor:
+    return speaker(walk.model)(**model_inputs(batch), use_cache=False).logits.square().mean()
+
+
+def twice(walk: Walk, scene: Scene) -> Tensor:
+    """The same, plainly: the gradient by all experts' weights, differentiated along the same signs."""
+    samples = []
+    pairs = model_layers(scene.spec, walk.model)
+    owned = {layer.layer: stored(module) for layer, module in pairs}  # once, where layers share them
+    weights = [w for ws in owned.values() for w in ws]
+    for w in weights:
+        w.requires_grad_(True)
+    for number in range(len(scene.batches) * hutchinson.PROBES):
+        batch, probe = divmod(number, hutchinson.PROBES)
+        v: list[Tensor] = []
+        for layer, module in {layer.layer: (layer, module) for layer, module in pairs}.values():
+            place = (scene.seed, batch, probe, layer.layer)
+            signs = {
+                p: torch.stack(
+                    [hutchinson.signs((*place, e, i), *layer.shapes[p], "cpu") for e in range(layer.experts)]
+                )
+                for i, p in enumerate(layer.projections)
+            }
+            matrices = views(module, stored(module))
+            v += torch.autograd.grad([matrices[p] for p in signs], stored(module), list(signs.values()))
+        with watch(walk.model, plain_forward), sdpa_kernel(SDPBackend.MATH):
+            loss = square(walk, scene.batches[batch])
+        g = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+        hv = iter(torch.autograd.grad(g, weights, v, materialize_grads=True))
+        signed = iter(v)
+        by_layer = {}
+        for layer, module in {layer.layer: (layer, module) for layer, module in pairs}.values():
+            product = views(module, [next(signed) * next(hv) for _ in stored(module)])
+            by_layer[layer.layer] = torch.stack([product[p].double().sum((1, 2)) for p in layer.projections], 1)
+        zeros = {x.layer: torch.zeros(x.experts, len(x.projections)) for x in scene.spec.layers}
+        samples.append(torch.cat([by_layer.get(n, zeros[n]).flatten() for n in zeros]))
+    for w in weights:
+        w.requires_grad_(False)
+    return torch.stack(samples).detach()
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in ("olmoe", "qwen3_vl_moe") else pytest.param(f, marks=pytest.mark.slow) for f in families()]
+)
+def test_every_family_curves_as_in_memory(family: str, tmp_path: Path) -> None:
+    """Text and pictures, in memory and on disk, against second derivatives by the weights themselves."""
+    model = model_of(family).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    model, job = model.float(), open_job(tmp_path / "source", Options())
+    batches = tuple(b for b in (text_inputs(model), picture_inputs(model)) if b is not None)
+    scene, parts = Scene(job.folder, job.spec, (), batches=batches), partial(source_parts, job.folder, job.spec)
+    try:
+        walks = [Walk(parts(attention="eager"), shelf) for shelf in (Shelf(), Shelf(tmp_path, 0))]
+        found = [curved(walk, scene) for walk in walks]
+    except CannotWalk:
+        return
+    assert walks[1].shelf.written and sorted(tmp_path.iterdir()) == [tmp_path / "source"]
+    whole = Walk(parts(attention="eager", whole=True))
+    wanted = twice(whole, scene)
+    assert float(wanted.abs().max()) > 0
+    for one in (curved(whole, scene), *found):
+        assert float((one - wanted).norm() / wanted.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["embedded", "mixtral"])
+def test_second_derivatives_of_the_loss_walked(kind: str, tmp_path: Path) -> None:
+    whole, walked = (hutchinson.sense(scene_of(kind, walked, "rtn", tmp_path)) for walked in (False, True))
+    for name in ("score_I", "stderr_I"):
+        assert getattr(walked, name) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-6)
+    assert np.array_equal(whole.tokens_LE, walked.tokens_LE) and np.abs(whole.score_I).max() > 1e-3
+
+
 def loads_of(work: Callable[[], Any]) -> list[str]:
     """The folders that `work` loads whole."""
     found: list[str] = []
@@ -435,6 +538,9 @@ def test_state_that_crosses_layers_is_refused() -> None:
     layer.forward = lambda hidden, *args, **kwargs: plain(hidden.mul_(1.5), *args, **kwargs)
     with pytest.raises(CannotWalk, match="layers.0"):
         gradients(walk, shown("olmoe"))
+    bending = walk.curvatures([partial(square, walk, batch) for batch in shown("olmoe")])
+    with pytest.raises(CannotWalk, match=r"layers\.0 changes"):
+        all(visit.run() is None for visit in bending)
     layer.forward = plain
     assert logits(walk_of("olmoe", False), shown("olmoe"))[0].isfinite().all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import made
@@ -47,7 +48,7 @@ def test_losses_are_a_plain_computations_walked_or_not(method: str, tmp_path: Pa
         maps = (solve(job, sensitivity), plain_map(job))
         assert maps[0].digest != maps[1].digest
         found = trial(scene, *maps, batches, False)
-        walked = trial(replace(scene, parts=lambda exact: source_parts(job, exact)), *maps, batches, False)
+        walked = trial(replace(scene, parts=partial(source_parts, job)), *maps, batches, False)
         assert trial(replace(scene, kept=RunDir(tmp_path / "none").kept("x")), *maps, batches, False) is None
     assert found is not None and walked is not None and 0 < found.error < found.map_kl + found.uniform_kl
     assert (found.map_kl, found.uniform_kl) == pytest.approx((walked.map_kl, walked.uniform_kl), rel=1e-6)

@@ -8,6 +8,8 @@ SENSORS: dict[str, Row] = {
         "mopeq.sense.hutchinson:sense",
         "the paper as its text reads: Hessian trace of the true loss, by random probes, with its standard error",
         needs_data=True,
+        needs_gradients=True,
+        probes=2,
     ),
     "frequency": Row(
         "mopeq.sense.frequency:sense", "tokens routed to each expert: the paper's baseline", needs_data=True

@@ -15,7 +15,6 @@ import numpy as np
 from torch import Tensor
 
 from mopeq.data.encode import model_inputs
-from mopeq.errors import MopeqError
 from mopeq.kernels.dense import quick_linears
 from mopeq.nouns import Format, MoESpec, Sensitivity
 from mopeq.rundir import Kept
@@ -34,8 +33,8 @@ class Scene:
     where pictures are in it; `fitted` is what quantizers see of it, where that is not what they are judged by (what was
     fitted to data errs less on it than elsewhere). `scope` is "model" or "layer", for scores that are scaled before
     they are combined. `quantizer` is a row's name in QUANTIZERS. Where the model is not to be in memory whole,
-    `parts(exact)` gives it layer by layer, and activations beyond `memory_bytes` wait in `scratch`. `kept` has what an
-    earlier run did.
+    `parts(exact, attention)` gives it layer by layer, and activations beyond `memory_bytes` wait in `scratch`. `kept`
+    has what an earlier run did.
     """
 
     folder: Path
@@ -49,34 +48,28 @@ class Scene:
     data_digest: str = ""
     quantizer: str = "rtn"
     memory_bytes: int = 1 << 32
-    parts: Callable[[bool], Parts] | None = None
+    parts: Callable[[bool, str | None], Parts] | None = None
     scratch: Path | None = None
     kept: Kept = field(default_factory=Kept)
 
 
 @contextmanager
-def walk(scene: Scene, exact: bool = True) -> Iterator[Walk]:
-    """The scene's model, to show batches to. exact: experts' weights in float32, else perhaps in the source's dtype."""
+def walk(scene: Scene, exact: bool = True, attention: str | None = None) -> Iterator[Walk]:
+    """The scene's model, to show batches to. exact: experts' weights in float32, else perhaps in the source's dtype.
+    `attention` as `load_model` takes it."""
     gc.freeze()  # what is there by now, libraries above all, is not looked through again and again
     try:
         with quick_linears():
             if scene.parts is not None:
                 with shelf(scene.scratch, scene.memory_bytes) as kept:
-                    yield Walk(scene.parts(exact), kept)
+                    yield Walk(scene.parts(exact, attention), kept)
                 return
             assert scene.model is not None
-            model = scene.model(None)
+            model = scene.model(attention)
             model.requires_grad_(False)
             yield Walk(resident(model, scene.spec))
     finally:
         gc.unfreeze()
-
-
-def whole_model(scene: Scene, attention: str | None, who: str) -> Any:
-    """The scene's model in memory. MopeqError where it is to be walked."""
-    if scene.parts is not None or scene.model is None:
-        raise MopeqError(f"{who} needs the whole model in memory", "use --sensitivity fisher, or more --max-memory")
-    return scene.model(attention)
 
 
 def shows(walking: Walk, batches: Sequence[Batch]) -> list[Run]:
