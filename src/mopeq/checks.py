@@ -186,7 +186,8 @@ def check_room(job: Job, run: RunDir, calibration: Calibration | None) -> None:
         kept = run.kept(digest)
         todo = [layer for layer in job.spec.layers if o.judges and not kept.has(f"{CANDIDATES}{layer.layer}")]
         judges = count(calibration.judges) if o.tries_quantizers else shown
-        waits = shelf_bytes(job.spec, judges, shown if todo else 0, SENSORS[o.sensitivity].needs_gradients)
+        sensor = SENSORS[o.sensitivity]
+        waits = shelf_bytes(job.spec, judges, shown if todo else 0, sensor.needs_gradients, sensor.probes)
         needs.append(candidate_bytes(todo, o.formats) + max(0, waits - spare))
     if QUANTIZERS[o.method].needs_data and not job.sensing_quantizes:
         needs.append(max(0, shelf_bytes(job.spec, shown, 0, QUANTIZERS[o.method].needs_gradients) - spare))

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING
 
 from mopeq.nouns import Format, MoELayer, MoESpec, PackedTensor
 from mopeq.quant import QUANTIZERS, moment_bytes
+from mopeq.sense import SENSORS
 
 if TYPE_CHECKING:
     from mopeq.options import Options
 
 PROCESS = 450 << 20  # Python, torch and transformers
 PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in between
+BENT = 700  # the same for second derivatives, by token and channel of a batch; 590 were measured
+# times a batch's logits, where gradients of them are asked for: 4.1 were measured, and 3.5 where second derivatives are
+LOGITS = 4.2
+SHOWN = 2048  # tokens of a batch of text
 PARAMETER = 5  # what one of a part takes while the part runs in float32; 6.3 and what is stored were measured
 # times their hidden states that waiting tokens take beside borders: before a head (4.0 to 4.5 were measured), before a
 # layer (2.0 to 2.5), and pictures', of which a vision tower's states and features wait too
@@ -55,22 +60,33 @@ def shown_bytes(layers: list[MoELayer], options: Options) -> int:
     return candidates + moments
 
 
-def shelf_bytes(spec: MoESpec, tokens: int, ahead: int, back: bool) -> int:
+def shelf_bytes(spec: MoESpec, tokens: int, ahead: int, back: bool, probes: int = 0) -> int:
     """What a walk's tokens leave in memory or on disk while they wait: hidden states before a part; where they come
-    `back`, those of every decoder layer. `ahead`: tokens that only go as far as the last MoE layer."""
+    `back`, those of every decoder layer. `ahead`: tokens that only go as far as the last MoE layer. `probes`: tokens
+    come once for each, and with every layer's states wait their speeds."""
+    tokens *= max(1, probes)
     width = 4 * max(layer.shapes["up"][1] for layer in spec.layers)
     stems = {part_of(layer.prefix).rpartition(".")[0] for layer in spec.layers}
     borders = sum(part.rpartition(".")[0] in stems for part in other_parts(spec)[0]) if back else 0
     waiting = max(WAITING * tokens, PASSED * (tokens + ahead))
     if "vision tower" in spec.roles.values():
         waiting = SEEING * (tokens + ahead)
-    return int(width * (tokens * max(0, borders - 1) + waiting))
+    kept = max(0, borders - 1) + (borders if probes else 0)
+    return int(width * (tokens * kept + waiting))
+
+
+def bent_bytes(layer: MoELayer, options: Options) -> int:
+    """What a batch needs on its way through a layer for second derivatives, where a sensor asks for them."""
+    if not (options.senses and SENSORS[options.sensitivity].probes):
+        return 0
+    return BENT * layer.shapes["up"][1] * min(options.calib_tokens, SHOWN)
 
 
 def whole_bytes(spec: MoESpec, options: Options) -> int:
     """With the whole model in float32: what is fastest to show data to."""
     tuned = 12 * spec.expert_params if options.tune != "none" else 0  # originals, packed values and gradients beside
-    at_work = PASSING + max(tuned, shown_bytes(list(spec.layers), options))
+    bent = sum(bent_bytes(layer, options) for layer in spec.layers)
+    at_work = PASSING + max(tuned, bent + shown_bytes(list(spec.layers), options))
     return PROCESS + 4 * spec.params + max(spec.nbytes, at_work)  # while it is loaded its files are mapped
 
 
@@ -85,13 +101,22 @@ def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:
     `walked`: beside steps that show data to the whole model."""
     parts, resident = other_parts(spec)
     biggest = max((PARAMETER * count + largest for count, largest in parts.values()), default=0)
+    if options.senses and SENSORS[options.sensitivity].needs_gradients and walked:
+        biggest = max(biggest, head_bytes(spec, options.calib_tokens))
     for layer in spec.layers:
         beside = PARAMETER * parts.get(part_of(layer.prefix), (0, 0))[0]
         steps = [read_back_bytes(spec, layer, options), packing_bytes(spec, layer, options)]
         if options.needs_data and walked:
-            steps.append(PASSING + 4 * layer.params + shown_bytes([layer], options))
+            passing = max(PASSING, bent_bytes(layer, options))
+            steps.append(passing + 4 * layer.params + shown_bytes([layer], options))
         biggest = max(biggest, beside + max(steps))
     return PROCESS + resident + biggest
+
+
+def head_bytes(spec: MoESpec, tokens: int) -> int:
+    """A head that turns a batch of so many tokens into logits, and these into a loss with gradients."""
+    heads = (t for name, t in spec.tensors.items() if spec.roles[name] == "embedding" and len(t.shape) == 2)
+    return max((PARAMETER * t.count + int(LOGITS * 4 * t.shape[0] * min(tokens, SHOWN)) for t in heads), default=0)
 
 
 def other_parts(spec: MoESpec) -> tuple[dict[str, tuple[int, int]], int]:

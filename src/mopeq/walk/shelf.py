@@ -105,6 +105,11 @@ class Shelf:
         self.drop(ticket)
         return tensor
 
+    def trim(self) -> None:
+        """Give the system back what was freed, where memory is short."""
+        if self.folder is not None and self.free < HOLES:
+            return_freed()
+
     def write(self, what: Tensor | UntypedStorage) -> Path:
         assert self.folder is not None
         place = self.folder / f"{self.written}.border"
@@ -209,8 +214,7 @@ class Luggage(TorchFunctionMode):
                 item.file, item.written = self.shelf.write(storage), item.changes._version
             item.empty = True  # before it is so: where a signal comes between, it is filled again
             storage.resize_(0)
-        if self.shelf.folder is not None and self.shelf.free < HOLES:
-            return_freed()
+        self.shelf.trim()
 
     def pick_up(self) -> None:
         """Before the batch moves, or somebody else uses what it has made."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -183,8 +184,15 @@ class Walk:
             yield visit
         while trail:
             part, records = trail.pop()
-            with self.parts.loaded(part):
+            with self.loaded(part):
                 yield Visit(part.layers, True, partial(self.back, records), lambda: iter(()))
+
+    @contextmanager
+    def loaded(self, part: Part) -> Iterator[None]:
+        """Within the block a part has its weights; the holes are trimmed that reading and the part before left."""
+        with self.parts.loaded(part):
+            self.shelf.trim()
+            yield
 
     def plainly(self, runs: Sequence[Run], end: Callable[[Tensor], None] | None, ahead: Sequence[Run] = ()) -> Visit:
         """One visit for the whole model, batch by batch; `end` differentiates a loss."""
@@ -249,7 +257,7 @@ class Walk:
                 ends = left == {part.name}
                 left.discard(part.name)
                 records: list[Record] = []
-                with self.parts.loaded(part):
+                with self.loaded(part):
                     here = [job for job in waiting if job.call and job.call.part is part]
                     each = partial(self.pass_part, part, [job for job in here if not job.ahead], records)
                     first = partial(self.pass_part, part, [job for job in here if job.ahead], records, ends)
