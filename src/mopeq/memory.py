@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 PROCESS = 450 << 20  # Python, torch and transformers
 PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in between
 BENT = 700  # the same for second derivatives, by token and channel of a batch; 590 were measured
-# times a batch's logits, where gradients of them are asked for: 4.1 were measured, and 3.5 where second derivatives are
-LOGITS = 4.2
+# times a batch's logits for a loss's gradients (2.2 were measured), and for its second derivatives (3.5)
+FIRST, SECOND = 2.3, 3.6
 SHOWN = 2048  # tokens of a batch of text
 PARAMETER = 5  # what one of a part takes while the part runs in float32; 6.3 and what is stored were measured
 # times their hidden states that waiting tokens take beside borders: before a head (4.0 to 4.5 were measured), before a
@@ -102,7 +102,7 @@ def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:
     parts, resident = other_parts(spec)
     biggest = max((PARAMETER * count + largest for count, largest in parts.values()), default=0)
     if options.senses and SENSORS[options.sensitivity].needs_gradients and walked:
-        biggest = max(biggest, head_bytes(spec, options.calib_tokens))
+        biggest = max(biggest, head_bytes(spec, options))
     for layer in spec.layers:
         beside = PARAMETER * parts.get(part_of(layer.prefix), (0, 0))[0]
         steps = [read_back_bytes(spec, layer, options), packing_bytes(spec, layer, options)]
@@ -113,10 +113,11 @@ def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:
     return PROCESS + resident + biggest
 
 
-def head_bytes(spec: MoESpec, tokens: int) -> int:
-    """A head that turns a batch of so many tokens into logits, and these into a loss with gradients."""
+def head_bytes(spec: MoESpec, options: Options) -> int:
+    """A head that turns a batch into logits, and these into a loss that a sensor differentiates."""
+    held = 4 * min(options.calib_tokens, SHOWN) * (SECOND if SENSORS[options.sensitivity].probes else FIRST)
     heads = (t for name, t in spec.tensors.items() if spec.roles[name] == "embedding" and len(t.shape) == 2)
-    return max((PARAMETER * t.count + int(LOGITS * 4 * t.shape[0] * min(tokens, SHOWN)) for t in heads), default=0)
+    return max((PARAMETER * t.count + int(held * t.shape[0]) for t in heads), default=0)
 
 
 def other_parts(spec: MoESpec) -> tuple[dict[str, tuple[int, int]], int]:

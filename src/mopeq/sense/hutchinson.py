@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 
 from mopeq.data.encode import model_inputs, no_padding
 from mopeq.nouns import Sensitivity
@@ -103,7 +103,7 @@ class Signed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, make: Callable[[], Tensor], turned: bool) -> Tensor:
         ctx.make, ctx.turned = make, turned
-        return x @ (make() if turned else make().T)
+        return functional.linear(x, make().T if turned else make())
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -137,7 +137,7 @@ class MeanLoss(torch.autograd.Function):
     def forward(ctx: Any, logits_SV: Tensor, target_S: Tensor) -> Tensor:
         ctx.save_for_backward(logits_SV, target_S)
         rows = zip(logits_SV.split(ROWS), target_S.split(ROWS), strict=True)
-        sums = [cross_entropy(x, y, ignore_index=NO_TARGET, reduction="sum") for x, y in rows]
+        sums = [functional.cross_entropy(x, y, ignore_index=NO_TARGET, reduction="sum") for x, y in rows]
         return torch.stack(sums).sum() / (target_S != NO_TARGET).sum()
 
     @staticmethod
