@@ -255,8 +255,23 @@ def test_the_line_writes_the_same_bytes_within_less_memory(kind: str, method: st
     same_bytes_within_less(kind, tmp_path, "fisher", method)
 
 
-def test_the_line_by_second_derivatives_within_less_memory(tmp_path: Path) -> None:
+def test_the_line_by_second_derivatives_within_less_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is the same where a walk was interrupted on its way back."""
     same_bytes_within_less("qwen3_vl_moe", tmp_path, "hutchinson", "rtn")
+    asked: dict[str, Any] = {"sensitivity": "hutchinson", "method": "rtn", "calib": (tmp_path / "calib.txt",)}
+    job = open_job(folder_of("qwen3_vl_moe"), Options(**asked, calib_tokens=600))
+    asked |= {"calib_tokens": 600, "max_memory": layer_bytes(job.spec, job.options)}
+    with silence():
+        with monkeypatch.context() as patch:
+            patch.setattr(hutchinson.Prober, "take", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                quantize(job.folder, tmp_path / "again", **asked)
+        quantize(job.folder, tmp_path / "again", **asked)
+    assert made.digests(tmp_path / "again") == made.digests(tmp_path / "whole")
+
+
+def interrupted(prober: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def same_bytes_within_less(kind: str, tmp_path: Path, sensitivity: str, method: str) -> None:
