@@ -171,7 +171,8 @@ def test_nodes_share_the_work(cluster: Any, tmp_path: Path, monkeypatch: pytest.
             path = asking + sum(max(cpu) for cpu in tasks.values())
             shown = {"nodes": count, "path": round(path, 1), "asking": round(asking, 1), "tasks": tasks}
             print(json.dumps(shown | {"seconds": round(seconds)}))
-            assert set(tasks) == {"candidates", "batches", "quantize"} and all(len(x) == count for x in tasks.values())
+            # what sensing quantized is not quantized again
+            assert set(tasks) == {"candidates", "batches"} and all(len(x) == count for x in tasks.values())
             assert digests(place / "out") == digests(tmp_path / "alone")
             for node in nodes:
                 cluster.remove_node(node)
