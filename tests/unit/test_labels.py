@@ -31,6 +31,15 @@ def test_words_without_probability_are_never_drawn() -> None:
         assert draw(p, torch.full((3,), u, dtype=torch.float64))[0].flatten().tolist() == [150, 299, 0]
 
 
+def test_sums_that_are_rounded_otherwise_draw_no_word_without_probability() -> None:
+    rng = torch.Generator().manual_seed(int(np.random.default_rng().integers(1 << 30)))
+    p = torch.randn(4000, 200, generator=rng).mul(4).exp()
+    p[:, 100:] = 0
+    for ends in range(1, 4):
+        label, _ = draw(p, torch.full((4000,), 1 - ends * 2**-53, dtype=torch.float64))
+        assert (p.gather(1, label) > 0).all()
+
+
 @pytest.mark.parametrize("at_a_time", [1 << 21, 1500, 1])
 def test_loss_and_gradient(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "DRAWN", at_a_time)
@@ -53,3 +62,13 @@ def test_no_positions() -> None:
     loss = SampledLoss.apply(logits, torch.zeros(0, dtype=torch.float64))
     loss.backward()
     assert loss == 0 and logits.grad is not None and logits.grad.shape == (0, 10)
+
+
+def test_the_gradient_is_let_go_though_the_loss_is_kept() -> None:
+    logits = torch.zeros(3, 10, requires_grad=True)
+    loss = SampledLoss.apply(logits, torch.zeros(3, dtype=torch.float64))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert logits.grad is not None and torch.allclose(logits.grad.sum(), torch.zeros(()), atol=1e-5)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()

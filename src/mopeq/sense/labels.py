@@ -55,13 +55,14 @@ class SampledLoss(torch.autograd.Function):
             loss += (total_S1.log() - shifted.gather(-1, label_S1)).sum()
             p /= total_S1.float()
             p.scatter_add_(-1, label_S1, p.new_full(label_S1.shape, -1.0))
-        ctx.gradient_SV = gradient_SV
+        ctx.save_for_backward(gradient_SV)  # let go once it was taken, though the loss is kept
         return loss.to(logits_SV.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient_SV if g == 1 else ctx.gradient_SV * g, None
+        (gradient_SV,) = ctx.saved_tensors
+        return gradient_SV if g == 1 else gradient_SV * g, None
 
 
 def draw(p_SV: Tensor, u_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,8 @@ def draw(p_SV: Tensor, u_S: Tensor) -> tuple[Tensor, Tensor]:
     block_S1 = torch.searchsorted(upto_SN, u_S1, right=True).clamp_max(upto_SN.shape[-1] - 1)
     before_S1 = functional.pad(upto_SN, (1, 0)).gather(1, block_S1)
     inside_SB = p_SNB.take_along_dim(block_S1[..., None], 1).squeeze(1).double().cumsum(-1)
-    word_S1 = torch.searchsorted(inside_SB, u_S1 - before_S1, right=True).clamp_max(BLOCK - 1)
+    end_S1 = torch.nextafter(inside_SB[:, -1:], torch.zeros_like(u_S1))  # its sum may be rounded otherwise
+    word_S1 = torch.searchsorted(inside_SB, torch.minimum(u_S1 - before_S1, end_S1), right=True).clamp_max(BLOCK - 1)
     return (block_S1 * BLOCK + word_S1).clamp_max(words - 1), upto_SN[:, -1:]
 
 
