@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mopeq.kernels import build, dense
+from mopeq.walk.shelf import Luggage, Shelf
 
 SHAPES = [(1, 1, 1), (3, 5, 70), (33, 31, 16), (64, 64, 64), (65, 63, 33), (7, 130, 257), (600, 96, 40), (40, 1100, 65)]
 
@@ -94,8 +99,115 @@ def test_linear_layers_of_a_model_are_quick_within_the_block_alone(amx: None, mo
     x = x.view(2, 3, 40)
     calls: list[int] = []
     run = dense.run
-    monkeypatch.setattr(dense, "run", lambda *given, **named: (calls.append(1), run(*given, **named)))
+
+    def counted(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, add: bool) -> None:
+        calls.append(1)
+        run(a_MK, b_KN, c_MN, add)
+
+    monkeypatch.setattr(dense, "run", counted)
     with dense.quick_linears():
         y = layer(x)
     assert len(calls) == 1 and y.shape == (2, 3, 30)
     assert torch.allclose(y, layer(x), atol=1e-4) and len(calls) == 1
+
+
+def test_blocks_nest_and_leave_what_others_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with dense.quick_linears():
+        with pytest.raises(ZeroDivisionError), dense.quick_linears():
+            raise ZeroDivisionError
+        assert functional.linear is dense.linear
+    assert functional.linear is dense.torch_linear
+    theirs = lambda *given: dense.torch_linear(*given)  # noqa: E731
+    monkeypatch.setattr(functional, "linear", theirs)
+    with dense.quick_linears():
+        assert functional.linear is theirs
+    assert functional.linear is theirs
+
+
+def test_blocks_that_overlap_leave_torchs() -> None:
+    one, other = dense.quick_linears(), dense.quick_linears()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
+    assert functional.linear is dense.torch_linear
+
+
+class Own(Tensor):
+    """A kind of tensor of somebody's own."""
+
+
+def minus() -> Tensor:
+    """A view that stands for its memory's negative."""
+    (x,) = fresh((4, 8))
+    found: Tensor = torch.complex(x, x).conj().imag
+    assert found.is_neg()
+    return found
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: (minus(), fresh((6, 8))[0]),
+        lambda: (fresh((4, 8))[0], fresh((6, 8))[0].to_sparse()),
+        lambda: (fresh((4, 8))[0], fresh((1, 8))[0][0]),
+        lambda: (fresh((4, 8))[0].as_subclass(Own), fresh((6, 8))[0]),
+        lambda: (fresh((4, 8))[0].bfloat16(), fresh((6, 8))[0].bfloat16()),
+        lambda: (fresh((4, 8))[0][0], fresh((6, 8))[0]),
+    ],
+    ids=["negative view", "sparse", "a vector as weights", "subclass", "bf16", "a vector as input"],
+)
+def test_what_is_not_plain_is_torchs(amx: None, given: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    x, w = given()
+    found, wanted = dense.linear(x, w), dense.torch_linear(x, w)
+    assert type(found) is type(wanted) and torch.equal(found, wanted)
+
+
+def test_shapes_that_do_not_fit_are_refused(amx: None) -> None:
+    x, w = fresh((4, 7), (6, 8))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        dense.linear(x, w)
+
+
+def test_autocast_is_torchs(amx: None) -> None:
+    x, w = fresh((4, 8), (6, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dense.linear(x, w).dtype == torch.bfloat16
+
+
+def test_compiled_models_see_torchs(amx: None) -> None:
+    x, w = fresh((4, 8), (6, 8))
+    product = torch.compile(lambda x: functional.linear(x, w), backend="eager", fullgraph=True)
+    with dense.quick_linears():
+        assert torch.equal(product(x), dense.torch_linear(x, w))
+
+
+def test_views_of_fused_weights(amx: None) -> None:
+    fused, x = fresh((12, 20), (9, 16))
+    w, part = fused[2:8, 5:13], x[:, 3:11]
+    assert torch.allclose(dense.linear(part, w), dense.torch_linear(part, w), atol=1e-4)
+    row = part[:1].expand(5, 8)
+    assert torch.allclose(dense.linear(row, w), dense.torch_linear(row, w), atol=1e-4)
+
+
+def test_weights_are_let_go_after_the_way_back(amx: None) -> None:
+    x, w = fresh((4, 8), (6, 8))
+    loss = dense.linear(x.requires_grad_(True), w).sum()
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None and torch.allclose(x.grad, 2 * w.sum(0).expand(4, 8), atol=1e-4)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def test_what_a_batch_made_can_wait_on_disk(amx: None, tmp_path: Path) -> None:
+    x, w = fresh((128, 64), (256, 64))
+    luggage = Luggage(Shelf(tmp_path, memory_bytes=0))
+    with dense.quick_linears():
+        with luggage.watching():
+            held = functional.linear(x, w)
+        assert torch.equal(held, wanted := dense.linear(x, w))
+        luggage.lay_down()
+        assert held.untyped_storage().nbytes() == 0
+        luggage.pick_up()
+        assert torch.equal(held, wanted)
