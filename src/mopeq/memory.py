@@ -6,8 +6,9 @@ Estimates, on the high side; `bench/large.py` measures them. The unit is bytes.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mopeq.nouns import Format, MoELayer, MoESpec, PackedTensor
 from mopeq.quant import QUANTIZERS, moment_bytes
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 PROCESS = 450 << 20  # Python, torch and transformers
 PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in between
+# numbers of a batch's token that a layer's graph holds: by expert chosen, of its width and its inner width, and of its
+# width besides (1 to 6 were measured)
+ROUTED, UNROUTED = (2, 5), 8
+AROUND = 1 << 29  # what steps in between need beside a graph
+STACKED = 6.2  # bytes of a layer's weight that loading takes beside, where experts lie apart; 6.2 were measured
 BENT = 700  # the same for second derivatives, by token and channel of a batch; 590 were measured
 # times a batch's logits for a loss's gradients (2.2 were measured), and for its second derivatives (3.5)
 FIRST, SECOND = 2.3, 3.6
@@ -82,12 +88,32 @@ def bent_bytes(layer: MoELayer, options: Options) -> int:
     return BENT * layer.shapes["up"][1] * min(options.calib_tokens, SHOWN)
 
 
+def graph_bytes(spec: MoESpec, layer: MoELayer, options: Options) -> int:
+    """What a batch's graph holds of a layer for a loss's gradients, where a sensor or a quantizer asks for them."""
+    if not (options.senses and SENSORS[options.sensitivity].needs_gradients):
+        return 0
+    inner, width = layer.shapes["up"]
+    routed = chosen(spec.config) * (ROUTED[0] * width + ROUTED[1] * inner)
+    return 4 * min(options.calib_tokens, SHOWN) * (routed + UNROUTED * width)
+
+
+def chosen(config: Mapping[str, Any]) -> int:
+    """Experts that a token is sent to, 8 where a config does not say."""
+    inside = [config, *(v for v in config.values() if isinstance(v, Mapping))]
+    said = (part.get(key) for part in inside for key in ("num_experts_per_tok", "moe_k", "top_k", "moe_topk"))
+    return next((k for k in said if isinstance(k, int) and k > 0), 8)
+
+
 def whole_bytes(spec: MoESpec, options: Options) -> int:
     """With the whole model in float32: what is fastest to show data to."""
     tuned = 12 * spec.expert_params if options.tune != "none" else 0  # originals, packed values and gradients beside
-    bent = sum(bent_bytes(layer, options) for layer in spec.layers)
-    at_work = PASSING + max(tuned, bent + shown_bytes(list(spec.layers), options))
-    return PROCESS + 4 * spec.params + max(spec.nbytes, at_work)  # while it is loaded its files are mapped
+    graph = sum(max(bent_bytes(layer, options), graph_bytes(spec, layer, options)) for layer in spec.layers)
+    shown = graph + logits_bytes(spec, options) + shown_bytes(list(spec.layers), options)
+    at_work = PASSING + max(tuned, shown)
+    apart = (layer for layer in spec.layers if any(place.per_expert for place in layer.places.values()))
+    stacked = max((STACKED * layer.params for layer in apart), default=0)
+    loading = spec.nbytes + int(stacked)  # its files are mapped
+    return PROCESS + 4 * spec.params + max(loading, at_work)
 
 
 def loaded_bytes(spec: MoESpec, expert_bytes: int) -> int:
@@ -107,7 +133,7 @@ def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:
         beside = PARAMETER * parts.get(part_of(layer.prefix), (0, 0))[0]
         steps = [read_back_bytes(spec, layer, options), packing_bytes(spec, layer, options)]
         if options.needs_data and walked:
-            passing = max(PASSING, bent_bytes(layer, options))
+            passing = max(PASSING, bent_bytes(layer, options), AROUND + graph_bytes(spec, layer, options))
             steps.append(passing + 4 * layer.params + shown_bytes([layer], options))
         biggest = max(biggest, beside + max(steps))
     return PROCESS + resident + biggest
@@ -115,9 +141,15 @@ def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:
 
 def head_bytes(spec: MoESpec, options: Options) -> int:
     """A head that turns a batch into logits, and these into a loss that a sensor differentiates."""
+    heads = [t.count for name, t in spec.tensors.items() if spec.roles[name] == "embedding" and len(t.shape) == 2]
+    return PARAMETER * max(heads, default=0) + logits_bytes(spec, options)
+
+
+def logits_bytes(spec: MoESpec, options: Options) -> int:
+    """A batch's logits, their loss and its gradients."""
     held = 4 * min(options.calib_tokens, SHOWN) * (SECOND if SENSORS[options.sensitivity].probes else FIRST)
-    heads = (t for name, t in spec.tensors.items() if spec.roles[name] == "embedding" and len(t.shape) == 2)
-    return max((PARAMETER * t.count + int(held * t.shape[0]) for t in heads), default=0)
+    words = (t.shape[0] for name, t in spec.tensors.items() if spec.roles[name] == "embedding" and len(t.shape) == 2)
+    return int(held * max(words, default=0))
 
 
 def other_parts(spec: MoESpec) -> tuple[dict[str, tuple[int, int]], int]:

@@ -19,7 +19,7 @@ from mopeq.kernels.dense import quick_linears
 from mopeq.nouns import Format, MoESpec, Sensitivity
 from mopeq.rundir import Kept
 from mopeq.walk.parts import Parts, resident
-from mopeq.walk.shelf import shelf
+from mopeq.walk.shelf import return_freed, shelf
 from mopeq.walk.walking import Run, Walk
 
 Batch = dict[str, Tensor]
@@ -66,6 +66,7 @@ def walk(scene: Scene, exact: bool = True, attention: str | None = None) -> Iter
                 return
             assert scene.model is not None
             model = scene.model(attention)
+            return_freed()  # loading leaves holes
             model.requires_grad_(False)
             yield Walk(resident(model, scene.spec))
     finally:
