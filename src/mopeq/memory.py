@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 PROCESS = 450 << 20  # Python, torch and transformers
 PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in between
 # numbers of a batch's token that a layer's graph holds: by expert chosen, of its width and its inner width, and of its
-# width besides (1 to 6 were measured)
-ROUTED, UNROUTED = (2, 5), 8
+# width besides (1 to 10 were measured)
+ROUTED, UNROUTED = (2, 5), 12
 AROUND = 1 << 29  # what steps in between need beside a graph
 STACKED = 6.2  # bytes of a layer's weight that loading takes beside, where experts lie apart; 6.2 were measured
 BENT = 700  # the same for second derivatives, by token and channel of a batch; 590 were measured
