@@ -214,7 +214,8 @@ def take_walking(taker: Taker) -> int:
             if not visit.backward if needs_data else taking:  # candidates count as half of a layer
                 make = to_see(scene, todo) if needs_data else todo
                 tick = partial(part_of, p, 0.5 * len(make) / max(1, candidate_weights(scene, [x for x, _ in make])))
-                held |= candidates(scene, walking, make, moments_ahead(scene, walking, visit, make), tick)
+                seen = moments_ahead(scene, walking, visit, make) if needs_data else {}
+                held |= candidates(scene, walking, make, seen, tick)
                 p.step((len(visit.layers) - len(make)) / 2)
             if taking:
                 there = [(layer, module) for layer, module in todo if (layer.layer, layer.projections[0]) not in held]
