@@ -70,8 +70,8 @@ def test_second_derivatives() -> None:
 
 
 def test_a_whole_model_under_gradients() -> None:
-    """9.51 GiB were measured where two layers of DeepSeek-V2-Lite, one of them MoE, were loaded for `fisher`; of a layer's
-    graph of 2,048 tokens, eight experts each, 0.43 GiB at 2,048 channels and 128 inside, and 0.63 at 1,024."""
+    """9.51 GiB were measured where two layers of DeepSeek-V2-Lite, one of them MoE, were loaded for `fisher`; of a
+    layer's graph of 2,048 tokens, eight experts each, 0.43 GiB at 2,048 channels and 128 inside, and 0.63 at 1,024."""
     asked: dict[str, Any] = {"sensitivity": "fisher", "method": "rtn"}
     wide = {"experts": 64, "hidden": 2048, "inner": 1408, "vocab": 102_400, "layers": 1}
     assert 9.0 <= whole_bytes(olmoe(**wide), Options(**asked, calib_tokens=2048)) / GIB <= 1.2 * 9.51
