@@ -108,6 +108,7 @@ class Shelf:
     def trim(self) -> None:
         """Give the system back what was freed, where memory is short."""
         if self.folder is not None and self.free < HOLES:
+            lay_large_apart()
             return_freed()
 
     def write(self, what: Tensor | UntypedStorage) -> Path:
@@ -280,12 +281,16 @@ def read_into(file: Path, address: int, nbytes: int) -> None:
 
 
 def return_freed() -> None:
-    """Have the C library, where it is glibc, give the system back what lies free between what is in use; large tensors
-    from now on lie apart, or the free places would be many and never of the size that is asked for."""
+    """Have the C library, where it is glibc, give the system back what lies free between what is in use."""
     with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def lay_large_apart() -> None:
+    """Have it lay large tensors apart from now on, or the free places would be many and never of the size that is asked
+    for. Each then takes fresh pages, which costs time: only where memory is short."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 @contextmanager
