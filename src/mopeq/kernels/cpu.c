@@ -10,7 +10,6 @@
 
    Plain C multiplies floats instead. */
 
-#include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>

@@ -61,18 +61,7 @@ WITH_AMX static void product_amx(int rows, int64_t n, const uint16_t *a, int64_t
     const int64_t wide = 2 * stride, line = 4 * LANES; /* bytes from row to row */
     for (int i = 0; i < rows; i += 32) {
         for (int l = 0; l < LANES; l += 32) {
-            float *corner = c + i * LANES + l, *below = corner + 16 * LANES;
-            if (add) {
-                _tile_loadd(0, corner, line);
-                _tile_loadd(1, corner + 16, line);
-                _tile_loadd(2, below, line);
-                _tile_loadd(3, below + 16, line);
-            } else {
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-            }
+            open_corner(c + i * LANES + l, line, add);
             for (int64_t k = 0; k < n; k += 32) {
                 _tile_loadd(4, a + i * stride + k, wide);
                 _tile_loadd(5, a + (i + 16) * stride + k, wide);
@@ -83,10 +72,7 @@ WITH_AMX static void product_amx(int rows, int64_t n, const uint16_t *a, int64_t
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            _tile_stored(0, corner, line);
-            _tile_stored(1, corner + 16, line);
-            _tile_stored(2, below, line);
-            _tile_stored(3, below + 16, line);
+            close_corner(c + i * LANES + l, line);
         }
     }
 }

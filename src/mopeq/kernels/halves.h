@@ -125,18 +125,7 @@ INLINE WITH_HALVES int columns_of(const Factor *b, int64_t first, int64_t held, 
 INLINE WITH_HALVES void corner(int64_t depth, const uint16_t *a_high, const uint16_t *a_low, int64_t stride,
                                const uint32_t *b_high, const uint32_t *b_low, int both, float *c, int64_t apart, int add) {
     const int64_t wide = 2 * stride, line = 4 * LANES, across = 4 * apart;
-    float *below = c + 16 * apart;
-    if (add) {
-        _tile_loadd(0, c, across);
-        _tile_loadd(1, c + 16, across);
-        _tile_loadd(2, below, across);
-        _tile_loadd(3, below + 16, across);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    open_corner(c, across, add);
     for (int64_t k = 0; k < depth; k += 32) {
         const uint32_t *b = b_high + k / 2 * LANES;
         _tile_loadd(6, b, line);
@@ -162,9 +151,6 @@ INLINE WITH_HALVES void corner(int64_t depth, const uint16_t *a_high, const uint
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, across);
-    _tile_stored(1, c + 16, across);
-    _tile_stored(2, below, across);
-    _tile_stored(3, below + 16, across);
+    close_corner(c, across);
 }
 #endif

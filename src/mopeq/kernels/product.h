@@ -95,6 +95,30 @@ WITH_AMX static void begin_amx(void) { _tile_loadconfig(&SHAPE); }
 
 WITH_AMX static void end_amx(void) { _tile_release(); }
 
+/* Sums of 32 x 32 floats, `across` bytes from row to row, to tiles 0 to 3, where they go on, or begin at zero. */
+INLINE WITH_AMX void open_corner(const float *c, int64_t across, int add) {
+    const char *below = (const char *)c + 16 * across;
+    if (add) {
+        _tile_loadd(0, c, across);
+        _tile_loadd(1, c + 16, across);
+        _tile_loadd(2, below, across);
+        _tile_loadd(3, below + 64, across);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+
+INLINE WITH_AMX void close_corner(float *c, int64_t across) {
+    char *below = (char *)c + 16 * across;
+    _tile_stored(0, c, across);
+    _tile_stored(1, c + 16, across);
+    _tile_stored(2, below, across);
+    _tile_stored(3, below + 64, across);
+}
+
 /* Whether the processor has the tiles, and rounds to bf16, and the system lets this process have them. */
 static int amx_allowed(void) {
     enum { ASK = 0x1023, TILE_DATA = 18, TILES = 1 << 24, BF16 = 1 << 22, ROUNDS = 1 << 5 };
