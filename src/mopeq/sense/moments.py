@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import no_padding
 from mopeq.kernels.dense import add_product
 from mopeq.nouns import MoELayer, MoESpec
 from mopeq.progress import progress
@@ -28,7 +27,7 @@ from mopeq.quant import moment_bytes
 from mopeq.quant.descent import Inputs
 from mopeq.seam import Seen, model_layers, plain_forward, shown, watch
 from mopeq.sense.labels import sampled_loss
-from mopeq.sense.scene import Batch, shows
+from mopeq.sense.scene import Batch, real_rows, shows
 from mopeq.walk.parts import resident
 from mopeq.walk.walking import Walk
 
@@ -148,11 +147,10 @@ class Adding:
         moments = self.found.get(id(module))
         if moments is None:
             return plain_forward(module, x_TH, index_TK, weight_TK)
-        valid_T = no_padding(self.batches[self.walking.now]).flatten()
-        padded, valid_T = not valid_T.all(), valid_T.to(x_TH.device)
+        real = real_rows(self.batches[self.walking.now], x_TH.device)
 
         def see(seen: Seen) -> None:
-            keep = valid_T[seen.tokens] if padded else None
+            keep = real(seen)
             x, h = (shown(seen.inputs[p], keep).float() for p in ("up", "down"))
             g = shown(seen.weight, keep).float().abs().unsqueeze(-1)
             add_product(moments.x[seen.expert], (x * g).T, x)

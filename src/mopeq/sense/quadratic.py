@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from mopeq.alloc.halves import regret
-from mopeq.data.encode import no_padding
 from mopeq.nouns import Format, LinearId, MoELayer, PrecisionMap, Sensitivity
 from mopeq.progress import Progress, progress
 from mopeq.quant import QUANTIZERS
@@ -37,7 +36,7 @@ from mopeq.sense.forms import loss_increases, output_errors
 from mopeq.sense.frequency import Counts, token_facts
 from mopeq.sense.labels import predicting, sampled_loss, skip_draws
 from mopeq.sense.moments import Adding, Moments
-from mopeq.sense.scene import Batch, Scene, shows, walk
+from mopeq.sense.scene import Batch, Scene, real_rows, shows, walk
 from mopeq.stream import naming
 from mopeq.tables import pick
 from mopeq.tensors import QWeight
@@ -115,8 +114,7 @@ class Taker:
         if self.kind != "error":
             x_TH.requires_grad_(True)  # so that the first layer's matrices have gradients; the weights need none
         now, batch = self.walking.now, self.scene.batches[self.walking.now]
-        valid_T, rows = no_padding(batch).flatten(), batch["input_ids"].shape[0]
-        padded, valid_T = not valid_T.all(), valid_T.to(x_TH.device)
+        real, rows = real_rows(batch, x_TH.device), batch["input_ids"].shape[0]
         row_length = x_TH.shape[0] // rows
         w = weights(module)
         for p in layer.projections:
@@ -124,7 +122,7 @@ class Taker:
             self.found[now, layer.layer, p] = torch.zeros(shape, dtype=torch.float64, device=x_TH.device)
 
         def see(seen: Seen) -> None:
-            keep = valid_T[seen.tokens] if padded else None
+            keep = real(seen)
             row_S = shown(seen.tokens, keep) // row_length
             for p, y in seen.outputs.items():
                 x = shown(seen.inputs[p], keep)

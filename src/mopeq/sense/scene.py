@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mopeq.data.encode import model_inputs
+from mopeq.data.encode import model_inputs, no_padding
 from mopeq.kernels.dense import quick_linears
 from mopeq.nouns import Format, MoESpec, Sensitivity
 from mopeq.rundir import Kept
+from mopeq.seam import Seen
 from mopeq.walk.parts import Parts, resident
 from mopeq.walk.shelf import return_freed, shelf
 from mopeq.walk.walking import Run, Walk
@@ -83,6 +84,15 @@ def show(walking: Walk, batch: Batch) -> None:
     """Show a batch to the model for those who watch its layers; its head does no more than it must."""
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(walking.model.forward).parameters else {}
     walking.model(**model_inputs(batch, walking.device), **few, use_cache=False)
+
+
+def real_rows(batch: Batch, device: Any) -> Callable[[Seen], Tensor | None]:
+    """Of what an expert saw of a batch: which rows [S] are no padding; None where all are."""
+    valid_T = no_padding(batch).flatten()
+    if valid_T.all():
+        return lambda seen: None
+    valid_T = valid_T.to(device)
+    return lambda seen: valid_T[seen.tokens]
 
 
 def from_scores(
