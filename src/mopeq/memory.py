@@ -6,10 +6,10 @@ Estimates, on the high side; `bench/large.py` measures them. The unit is bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mopeq.families.standard import TOP_K_KEYS, expert_counts
 from mopeq.nouns import Format, MoELayer, MoESpec, PackedTensor
 from mopeq.quant import QUANTIZERS, moment_bytes
 from mopeq.sense import SENSORS
@@ -22,6 +22,7 @@ PASSING = 1 << 30  # what a batch needs on its way through a layer, and steps in
 # numbers of a batch's token that a layer's graph holds: by expert chosen, of its width and its inner width, and of its
 # width besides (1 to 10 were measured)
 ROUTED, UNROUTED = (2, 5), 12
+MANY = 8  # experts that a token is sent to, where a config does not say
 AROUND = 1 << 29  # what steps in between need beside a graph
 STACKED = 6.2  # bytes of a layer's weight that loading takes beside, where experts lie apart; 6.2 were measured
 BENT = 700  # the same for second derivatives, by token and channel of a batch; 590 were measured
@@ -89,19 +90,13 @@ def bent_bytes(layer: MoELayer, options: Options) -> int:
 
 
 def graph_bytes(spec: MoESpec, layer: MoELayer, options: Options) -> int:
-    """What a batch's graph holds of a layer for a loss's gradients, where a sensor or a quantizer asks for them."""
+    """What a batch's graph holds of a layer for a loss's gradients, where a sensor asks for them."""
     if not (options.senses and SENSORS[options.sensitivity].needs_gradients):
         return 0
     inner, width = layer.shapes["up"]
-    routed = chosen(spec.config) * (ROUTED[0] * width + ROUTED[1] * inner)
+    chosen = next((k for _, k in expert_counts(spec.config, TOP_K_KEYS) if k > 0), MANY)
+    routed = chosen * (ROUTED[0] * width + ROUTED[1] * inner)
     return 4 * min(options.calib_tokens, SHOWN) * (routed + UNROUTED * width)
-
-
-def chosen(config: Mapping[str, Any]) -> int:
-    """Experts that a token is sent to, 8 where a config does not say."""
-    inside = [config, *(v for v in config.values() if isinstance(v, Mapping))]
-    said = (part.get(key) for part in inside for key in ("num_experts_per_tok", "moe_k", "top_k", "moe_topk"))
-    return next((k for k in said if isinstance(k, int) and k > 0), 8)
 
 
 def whole_bytes(spec: MoESpec, options: Options) -> int:
