@@ -5,12 +5,14 @@ Estimates, on the high side; `bench/large.py` measures them. The unit is bytes.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mopeq.families.standard import TOP_K_KEYS, expert_counts
 from mopeq.nouns import Format, MoELayer, MoESpec, PackedTensor
+from mopeq.plan import other_outputs
 from mopeq.quant import QUANTIZERS, moment_bytes
 from mopeq.sense import SENSORS
 
@@ -111,10 +113,11 @@ def whole_bytes(spec: MoESpec, options: Options) -> int:
     return PROCESS + 4 * spec.params + max(loading, at_work)
 
 
-def loaded_bytes(spec: MoESpec, expert_bytes: int) -> int:
-    """A finished checkpoint loaded to be compared: its experts packed, all else in float32, from mapped files."""
-    others = [t for n, t in spec.tensors.items() if spec.roles[n] != "routed expert"]
-    return PROCESS + PASSING + expert_bytes + sum(4 * t.count + t.nbytes for t in others)
+def loaded_bytes(spec: MoESpec, expert_bytes: int, other: Format | None) -> int:
+    """A finished checkpoint loaded to be compared: what is packed as it is stored, all else in float32; what lies
+    outside the experts comes from mapped files."""
+    others = [(t.nbytes, t.nbytes if t.dtype == "U8" else 4 * math.prod(t.shape)) for t in other_outputs(spec, other)]
+    return PROCESS + PASSING + expert_bytes + sum(mapped + held for mapped, held in others)
 
 
 def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:

@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -157,9 +158,12 @@ def sealed_files(folder: Path) -> Iterator[Path]:
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     """Seal the folder: from now on it loads. `names`: the files to list, all of them by default."""
     paths = sealed_files(folder) if names is None else [folder / name for name in sorted(names)]
+    paths = list(paths)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves Python to others
+        digests = list(pool.map(sha256_of, paths))
     files = [
-        {"name": str(path.relative_to(folder)), "size": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in paths
+        {"name": str(path.relative_to(folder)), "size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
     ]
     write_atomic(folder / MANIFEST, json_bytes({"format_version": FORMAT_VERSION, "files": files}))
 

@@ -291,7 +291,7 @@ def check(job: Job, out: Path, map_: PrecisionMap) -> float:
     """Read OUT back and compare its logits with the dequantized reference."""
     from mopeq.readback import read_back
 
-    loads = loaded_bytes(job.spec, map_.nbytes(job.spec)) <= allowed_bytes(job.options)
+    loads = loaded_bytes(job.spec, map_.nbytes(job.spec), job.options.other) <= allowed_bytes(job.options)
     difference = read_back(job.folder, out, job.spec, map_, job.options.other, job.options.seed, loads)
     say(f"read back: logits agree with the dequantized reference to {difference:.1e} of their spread")
     return difference

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mopeq.errors import BadInput
+from mopeq.kernels.extent import largest
 from mopeq.nouns import MoELayer, MoESpec, PackedTensor, Place, TensorInfo
-from mopeq.tensors import TORCH_DTYPE, read_stored
+from mopeq.tensors import TORCH_DTYPE, read_ahead, read_stored
 
 PACKED_DTYPE = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -69,16 +70,16 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 def refuse_sick(name: str, tensor: Tensor, widest: float = math.inf) -> Tensor:
     """The tensor itself; BadInput if it holds NaN, infinity, or a weight further from 0 than `widest`."""
-    if tensor.is_floating_point() and tensor.numel():
-        low, high = tensor.aminmax()  # one pass, nothing to hold; NaN prevails in both
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            kind = "NaN" if bool(torch.isnan(low)) else "infinite"
-            raise BadInput(f"{name} holds {kind} weights", "the source is damaged; no quantizer can mend it")
-        if (most := max(-float(low), float(high))) > widest:
-            raise BadInput(
-                f"{name} holds a weight of {most:.3g}, which needs a scale beyond fp16",
-                "the checkpoint holds outliers no fp16 scale can express; it is probably damaged",
-            )
+    if not tensor.is_floating_point():
+        return tensor
+    if not math.isfinite(most := largest(tensor)):
+        kind = "NaN" if math.isnan(most) else "infinite"
+        raise BadInput(f"{name} holds {kind} weights", "the source is damaged; no quantizer can mend it")
+    if most > widest:
+        raise BadInput(
+            f"{name} holds a weight of {most:.3g}, which needs a scale beyond fp16",
+            "the checkpoint holds outliers no fp16 scale can express; it is probably damaged",
+        )
     return tensor
 
 
@@ -127,16 +128,21 @@ def read_expert(folder: Path, spec: MoESpec, layer: MoELayer, e: int) -> dict[st
     """{projection: [out, in]} of one expert, each of its stored bytes read once. What is stored as a stack of all
     experts is read in part; `can_read_expert` says where that is possible."""
     found: dict[str, Tensor] = {}
-    stored: dict[str, Tensor] = {}
+    stored = {name: read_tensor(folder, info) for name, info in expert_tensors(spec, layer, e).items()}
+    for name, tensor in stored.items():
+        refuse_sick(name, tensor)
     for p, place in layer.places.items():
-        name = place.name(e)
-        if name not in stored:
-            info = spec.tensors[name]
-            tensor = read_tensor(folder, info if place.per_expert else one_of(info, e, layer.experts))
-            stored[name] = refuse_sick(name, tensor if place.per_expert or place.flat else tensor[0])
-        rows = stored[name].T if place.transposed else stored[name]
+        tensor = stored[place.name(e)]
+        one = tensor if place.per_expert or place.flat else tensor[0]
+        rows = one.T if place.transposed else one
         found[p] = rows[place.part(rows.shape[0])]
     return found
+
+
+def expert_tensors(spec: MoESpec, layer: MoELayer, e: int) -> dict[str, TensorInfo]:
+    """{stored tensor: where one expert's part of it lies}."""
+    infos = {place.name(e): (spec.tensors[place.name(e)], place) for place in layer.places.values()}
+    return {n: info if place.per_expert else one_of(info, e, layer.experts) for n, (info, place) in infos.items()}
 
 
 def can_read_expert(spec: MoESpec, layer: MoELayer) -> bool:
@@ -161,13 +167,23 @@ def each_expert(
     """
     if all(can_read_expert(spec, layer) for layer in layers):
         items = [(layer, e) for layer in layers for e in range(layer.experts)]
-        made = in_order(lambda item: work(*item, read_expert(folder, spec, *item)), items)
+        made = in_order(lambda item: work(*item, read_expert(folder, spec, *item)), announced(folder, spec, items))
         yield from ((*item, one) for item, one in zip(items, made, strict=True))
         return
     for layer in layers:
         stacks = read_layer(folder, spec, layer)
         part = partial(work_on_part, work, layer, stacks)
         yield from ((layer, e, one) for e, one in enumerate(in_order(part, range(layer.experts))))
+
+
+def announced(folder: Path, spec: MoESpec, items: Iterable[tuple[MoELayer, int]]) -> Iterator[tuple[MoELayer, int]]:
+    """The same items, taken ahead of their time: the system is told to read what they need while others are worked at
+    (a disk gave 1.4 GB/s so, and 1.1 to two threads that read when they need)."""
+    for layer, e in items:
+        for info in expert_tensors(spec, layer, e).values():
+            for stored in (info.codes, info.scales) if isinstance(info, PackedTensor) else (info,):
+                read_ahead(folder / stored.file, stored.offset, stored.nbytes)
+        yield layer, e
 
 
 def work_on_part(

@@ -7,7 +7,9 @@ that belong to a neighbouring byte.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,6 +169,15 @@ def read_stored(folder: Path, info: TensorInfo, dtypes: Mapping[str, torch.dtype
                     raise BadInput(f"{info.file} ends inside {info.name}", "the file changed or was cut short")
                 at += got
     return tensor
+
+
+def read_ahead(path: Path, start: int, count: int) -> None:
+    """Tell the system that these bytes of a file will be read soon; where it cannot be told, they are read when they
+    are."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError), open(path, "rb", buffering=0) as file:  # what is wrong with it, its reader says
+        os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_WILLNEED)
 
 
 def tensor_data(tensor: Tensor) -> memoryview:

@@ -26,6 +26,7 @@ from mopeq import readback
 from mopeq.data.encode import model_inputs
 from mopeq.errors import BadInput, MopeqError
 from mopeq.job import open_job
+from mopeq.kernels import tiles
 from mopeq.memory import layer_bytes, whole_bytes
 from mopeq.models import load_model
 from mopeq.nouns import LinearId
@@ -607,3 +608,24 @@ def test_read_back_takes_a_few_experts_of_every_format(
     monkeypatch.setattr(readback, "dense_layer", swapped)
     with pytest.raises(MopeqError, match="differ"), silence():
         readback.read_back(made.source(kind), out, spec, map_, None, 0, False)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_is_walked_again_and_again(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts let go of what kernels made of them, and nobody makes the stored tensors of that, layer by layer: but
+    for an embedding that a head shares, which stays, once a pass."""
+    source, out = tiny.write(tmp_path / "source", "olmoe", tie_word_embeddings=tied), tmp_path / "out"
+    with silence():
+        quantize(source, out, other_bits=8)
+    spec, ids = open_job(source, Options()).spec, torch.arange(5, 25)[None]
+    wanted = readback.loaded_logits(out, ids, spec, {})
+    every = {layer.layer: range(layer.experts) for layer in spec.layers}
+    parts = readback.packed_parts(out, spec, every)
+    taken: list[tuple[int, int]] = []
+    original = tiles.take_out
+    monkeypatch.setattr(tiles, "take_out", lambda *given: (taken.append(given[2]), original(*given)))
+    for i in range(3):
+        assert torch.equal(readback.walked_logits(parts, ids), wanted)
+        assert taken == [parts.model.get_input_embeddings().shape] * (i if tied else 0)
+        streamed = [t for p in parts.parts if p.streamed for t in (*p.module.parameters(), *p.module.buffers())]
+        assert all(t.is_meta for t in streamed if t.numel() > 1000)

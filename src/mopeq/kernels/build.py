@@ -108,12 +108,14 @@ def use_threads(lib: ctypes.CDLL) -> None:
 
 @cache
 def rounding() -> ctypes.CDLL | None:
-    """Rounding to nearest (round.c), or None: torch does the same."""
+    """Rounding to nearest, and what is asked of weights before (round.c), or None: torch does the same."""
     lib, _ = compiled(ROUND)
     if lib is not None:
         address, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         lib.mopeq_round.argtypes = (address, count, size, size, count, count, count, address, address, address)
         lib.mopeq_round.restype = count
+        lib.mopeq_extent.argtypes = (address, count, size, address, address)
+        lib.mopeq_extent.restype = None
     return lib
 
 

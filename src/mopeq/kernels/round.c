@@ -1,8 +1,9 @@
 /* Round to nearest and pack, in one pass: what quant/rtn.py says in torch, bit for bit, each row while it is in the
-   caches. Built at first use (build.py); plain C that compilers turn into vectors.
+   caches; and what is asked of weights before (extent.py). Built at first use (build.py); plain C that compilers turn
+   into vectors.
 
-   Only operations that IEEE 754 rounds exactly are used, and no multiplication is followed by an addition, so that
-   nothing can be contracted: every machine and every width of vector gives the same bytes. */
+   Only operations that IEEE 754 rounds exactly are used, and no product that is rounded is followed by an addition, so
+   that nothing can be contracted: every machine and every width of vector gives the same bytes. */
 
 #include <math.h>
 #include <stdint.h>
@@ -19,6 +20,15 @@ enum { BF16 = 0, F32 = 1 };
 enum { DONE = 0, SICK = 1, NO_MEMORY = 2 }; /* SICK: NaN, infinity or a range beyond fp16's scales: torch names it */
 
 #define INLINE static inline __attribute__((always_inline))
+
+#if X86
+/* The bits of the widest vectors here. */
+static int vectors(void) {
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return 512;
+    return __builtin_cpu_supports("avx2") ? 256 : 128;
+}
+#endif
 
 /* The nearest integer, ties to even, of |x| < 2^22 (here: at most a few hundred). */
 INLINE float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
@@ -162,10 +172,74 @@ ROWS(rows_512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
 int mopeq_round(const void *w, int kind, int64_t out, int64_t in, int group, int bits, int symmetric, uint8_t *packed,
                 uint16_t *scales, uint8_t *zeros) {
 #if X86
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return rows_512(w, kind, out, in, group, bits, symmetric, packed, scales, zeros);
-    if (__builtin_cpu_supports("avx2"))
-        return rows_avx2(w, kind, out, in, group, bits, symmetric, packed, scales, zeros);
+    switch (vectors()) {
+        case 512: return rows_512(w, kind, out, in, group, bits, symmetric, packed, scales, zeros);
+        case 256: return rows_avx2(w, kind, out, in, group, bits, symmetric, packed, scales, zeros);
+    }
 #endif
     return rows_plain(w, kind, out, in, group, bits, symmetric, packed, scales, zeros);
+}
+
+/* ------------------------------------------------------------------------------------- what weights are, all together */
+
+INLINE uint32_t wide(const void *w, int kind, int64_t j) {
+    return kind == BF16 ? (uint32_t)((const uint16_t *)w)[j] << 16 : ((const uint32_t *)w)[j];
+}
+
+enum { LANES = 16 }; /* sums side by side, on every machine, so that all add in the same order */
+
+/* The bits of the largest |w|: those of infinity or of a NaN, which are above all others, where there is one. */
+INLINE uint32_t largest(const void *w, int kind, int64_t count) {
+    uint32_t most = 0;
+    for (int64_t j = 0; j < count; j++) {
+        const uint32_t x = wide(w, kind, j) & 0x7fffffffu;
+        most = x > most ? x : most;
+    }
+    return most;
+}
+
+/* The sum of w^2: products of floats are exact in double. */
+INLINE double squares(const void *w, int kind, int64_t count) {
+    double sums[LANES] = {0};
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        for (int k = 0; k < LANES; k++) {
+            const uint32_t bits = wide(w, kind, j + k);
+            float x;
+            memcpy(&x, &bits, 4);
+            sums[k] += (double)x * (double)x;
+        }
+    }
+    for (int k = 0; j < count; j++, k++) {
+        const uint32_t bits = wide(w, kind, j);
+        float x;
+        memcpy(&x, &bits, 4);
+        sums[k] += (double)x * (double)x;
+    }
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) sums[k] += sums[k + half];
+    return sums[0];
+}
+
+#define EXTENT(name, attribute)                                                                                      \
+    attribute static void name(const void *w, int kind, int64_t count, double *sum, uint32_t *most) {                 \
+        if (sum) *sum = kind == BF16 ? squares(w, BF16, count) : squares(w, F32, count);                              \
+        if (most) *most = kind == BF16 ? largest(w, BF16, count) : largest(w, F32, count);                            \
+    }
+
+EXTENT(extent_plain, )
+#if X86
+EXTENT(extent_avx2, __attribute__((target("avx2"))))
+EXTENT(extent_512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+
+/* w [count], bf16 or float32 -> the sum of its squares and the bits of its largest |w|, each where it is asked for. */
+void mopeq_extent(const void *w, int kind, int64_t count, double *sum, uint32_t *most) {
+#if X86
+    switch (vectors()) {
+        case 512: extent_512(w, kind, count, sum, most); return;
+        case 256: extent_avx2(w, kind, count, sum, most); return;
+    }
+#endif
+    extent_plain(w, kind, count, sum, most);
 }

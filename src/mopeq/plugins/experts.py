@@ -135,10 +135,18 @@ class QuantizedExperts(Numbered):
             for fmt in sorted(set(self.formats[p])):
                 members = [e for e in range(self.num_experts) if self.formats[p][e] == fmt]
                 self._tiers[p].append((fmt, {e: row for row, e in enumerate(members)}))
-                for suffix, (kind, shape) in fmt.shapes(*self.shapes[p]).items():
-                    self.hold(f"{p}_{fmt.name}_{suffix}", (len(members), *shape), HELD[kind])
             if p in biases:
                 self.hold(f"{p}_bias", (self.num_experts, self.shapes[p][0]), biases[p])
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Have no weights (biases are the caller's), as before `fill`."""
+        for name in [n for n in self._buffers if n.endswith("_tiles") or n.startswith("arena_")]:
+            delattr(self, name)
+        for p in self.projections:
+            for fmt, rows in self._tiers[p]:
+                for suffix, (kind, shape) in fmt.shapes(*self.shapes[p]).items():
+                    self.hold(f"{p}_{fmt.name}_{suffix}", (len(rows), *shape), HELD[kind])
         self.filled = False
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:

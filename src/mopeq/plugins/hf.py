@@ -181,6 +181,12 @@ class MopeqQuantizer(HfQuantizer):
             elif f"{name}.".startswith(start) and isinstance(module, PackedMatrix) and not module.sealed:
                 module.seal()
 
+    def let_go(self, model: Any, start: str) -> None:
+        """Undo `complete`."""
+        for name, module in model.named_modules():
+            if f"{name}.".startswith(start) and isinstance(module, QuantizedExperts | PackedMatrix):
+                module.let_go()
+
     def reader(self, prefix: str) -> Callable[[str], Tensor]:
         """What gives one experts module its tensors."""
         return lambda name: read_stored(self.folder, self.tensors[f"{prefix}.{name}"])

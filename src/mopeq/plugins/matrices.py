@@ -58,7 +58,13 @@ class PackedMatrix(Numbered):
         out_features, in_features = original.weight.shape
         self.format, self.out_features, self.in_features = fmt, out_features, in_features
         self.register_buffer("like_", original.weight.new_empty(0, device="cpu"), persistent=False)
-        for suffix, (dtype, shape) in fmt.shapes(out_features, in_features).items():
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Have no weights, and parameters to be loaded, as before `seal`."""
+        for name in ("arena_data", "tiles_", *self.held_names()):
+            self._buffers.pop(name, None)
+        for suffix, (dtype, shape) in self.format.shapes(self.out_features, self.in_features).items():
             empty = torch.empty(shape, dtype=TORCH[dtype], device="meta")
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
         self.sealed = False

@@ -6,27 +6,29 @@ expectation in closed form, with no probes and no data (MoPEQ, arXiv 2509.02512)
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
+from mopeq.kernels.extent import squares
 from mopeq.nouns import MoELayer, Sensitivity
 from mopeq.progress import progress
 from mopeq.sense.scene import Scene, from_scores
 from mopeq.stream import each_expert
 
 
-def closed_form(w: torch.Tensor) -> torch.Tensor:
-    """(n-1)/|W|_F of each matrix of [E, out, in], in float64. A zero matrix, whose norm has no Hessian, counts 0."""
-    norm_E = w.double().flatten(1).norm(dim=1)
-    n = w.shape[1] * w.shape[2]
-    return torch.where(norm_E > 0, (n - 1) / norm_E.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+def closed_form(w: torch.Tensor) -> float:
+    """(n-1)/|W|_F of one matrix. A zero matrix, whose norm has no Hessian, counts 0."""
+    norm = math.sqrt(squares(w))
+    return (w.numel() - 1) / norm if norm else 0.0
 
 
 def scores(scene: Scene) -> np.ndarray:
     """The closed form for every linear of the spec."""
 
     def work(layer: MoELayer, e: int, weights: dict[str, torch.Tensor]) -> list[float]:
-        return [closed_form(weights[q][None]).item() for q in layer.projections]
+        return [closed_form(weights[q]) for q in layer.projections]
 
     found: list[float] = []
     with progress("sense: hessian", scene.spec.expert_params, "weights") as p:

@@ -144,7 +144,7 @@ class Parts:
 
     `pairs` are its MoE layers (seam.model_layers); `names` the stored tensors' names, `read(name)` gives one of them.
     `fill_experts(layer, module)` gives an experts module its weights, or says False where these come by name like all
-    others. `quantizer`: that of a packed model, which completes what it replaced.
+    others. `quantizer`: that of a packed model, which completes what it replaced, and has it let go of its weights.
     """
 
     def __init__(
@@ -203,6 +203,8 @@ class Parts:
         try:
             yield
         finally:
+            if self.quantizer is not None:
+                self.quantizer.let_go(self.model, part.name + ".")
             for module in modules:
                 free(module)
                 for name, buffer in module._buffers.items():

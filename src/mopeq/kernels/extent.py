@@ -1,0 +1,44 @@
+"""What is asked of all weights of a tensor before they are rounded, each in one pass: their squares, their largest."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+from mopeq.kernels.build import rounding
+
+KIND = {torch.bfloat16: 0, torch.float32: 1}
+
+
+def in_c(w: Tensor) -> bool:
+    """Whether round.c can read a tensor here."""
+    return w.is_cpu and w.dtype in KIND and w.is_contiguous() and rounding() is not None
+
+
+def squares(w: Tensor) -> float:
+    """The sum of w^2, in float64; not finite where a weight is not."""
+    if not in_c(w):
+        return float(w.double().square().sum())
+    found = ctypes.c_double()
+    lib = rounding()
+    assert lib is not None
+    lib.mopeq_extent(w.data_ptr(), KIND[w.dtype], w.numel(), ctypes.byref(found), None)
+    return found.value
+
+
+def largest(w: Tensor) -> float:
+    """The largest |w|; NaN where there is one, 0 of none."""
+    if not w.numel():
+        return 0.0
+    if not in_c(w):
+        low, high = w.aminmax()  # one pass, nothing to hold; NaN prevails in both
+        return math.nan if math.isnan(low) else max(-float(low), float(high))
+    found = ctypes.c_uint32()
+    lib = rounding()
+    assert lib is not None
+    lib.mopeq_extent(w.data_ptr(), KIND[w.dtype], w.numel(), None, ctypes.byref(found))
+    return float(struct.unpack("f", struct.pack("I", found.value))[0])
