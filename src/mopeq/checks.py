@@ -19,6 +19,7 @@ from mopeq.sense import SENSORS
 
 if TYPE_CHECKING:
     from mopeq.data.calibration import Calibration
+    from mopeq.options import Options
 
 SOURCE = ".mopeq/source.json"  # in OUT: the folder it is made from, and what lay there
 TRIAL_TOKENS = 8192  # of calibration beyond what was shown, on which a map is tried against one width
@@ -136,6 +137,11 @@ def load_calibration(job: Job) -> Calibration | None:
     return calibration
 
 
+def asking(options: Options) -> str:
+    """The options that show data to the model, as who takes something."""
+    return f"{' and '.join(options.needs_data)} take{'s' if len(options.needs_data) == 1 else ''}"
+
+
 def check_memory(job: Job) -> None:
     """BadInput where the memory allowed (or free) cannot hold one layer and what is done with it."""
     o, need = job.options, layer_bytes(job.spec, job.options, walked=not job.runs_whole)
@@ -144,7 +150,7 @@ def check_memory(job: Job) -> None:
         need = whole_bytes(job.spec, o)
     if need > limit:
         allows = "the machine has free" if o.memory_bytes is None else "--max-memory allows"
-        what = f"{' and '.join(o.needs_data)} take" if o.needs_data else "one layer at a time, making it takes"
+        what = asking(o) if o.needs_data else "one layer at a time, making it takes"
         less = ", or --sensitivity hessian --method rtn, which take least" if o.needs_data else ""
         takes, has = size_text(need), size_text(limit)
         if takes == has:
@@ -193,7 +199,7 @@ def check_room(job: Job, run: RunDir, calibration: Calibration | None) -> None:
         needs.append(max(0, shelf_bytes(job.spec, shown, 0, QUANTIZERS[o.method].needs_gradients) - spare))
     if (need := max(needs)) > free_bytes(run.path):
         raise BadInput(
-            f"{run.path} has {size_text(free_bytes(run.path))} free; layer by layer {' and '.join(o.needs_data)} take"
+            f"{run.path} has {size_text(free_bytes(run.path))} free; layer by layer {asking(o)}"
             f" {size_text(need)} of it for a while",
             "free some disk, choose a --run elsewhere, or give fewer --calib-tokens or more --max-memory",
         )

@@ -319,7 +319,7 @@ def test_a_disk_without_room_for_what_waits_is_told(tmp_path: Path, monkeypatch:
     with silence():
         quantize(made.source("olmoe"), tmp_path / "out", max_memory=least + 10**9, calib_tokens=64, **asked)
         monkeypatch.setattr("mopeq.job.Job.work_memory", 0)
-        with pytest.raises(BadInput, match=r"has 0.95 MiB free; .* --sensitivity fisher take [\d.]+ MiB") as error:
+        with pytest.raises(BadInput, match=r"has 0.95 MiB free; .* --sensitivity fisher takes [\d.]+ MiB") as error:
             quantize(made.source("olmoe"), tmp_path / "two", max_memory=least, calib_tokens=4096, **asked)
     assert "fewer --calib-tokens" in error.value.hint
     assert not list((tmp_path / "two").rglob("*.npz"))
