@@ -49,8 +49,9 @@ def check_cases() -> list[tuple[str, Shape, tuple[int, ...], int, str, str]]:
         for dtype in ("bf16", "fp16"):
             cases.append((f"{routing} {dtype}", Shape(256, 192, 16, 4), (2, 3, 4), 64, dtype, routing))
             cases.append((f"clamped {routing} {dtype}", Shape(256, 192, 16, 4, True), (2, 4, 6), 32, dtype, routing))
-    cases.append(("one token 2048x768", Shape(2048, 768, 16, 8), (2, 3, 4), 64, "bf16", "one"))
-    for tokens in ("5", "20"):
+    for inner in (768, 1024):  # cut in two ways
+        cases.append((f"one token 2048x{inner}", Shape(2048, inner, 16, 8), (2, 3, 4), 64, "bf16", "one"))
+    for tokens in ("5", "20", "40"):
         cases.append((f"few pairs an expert, {tokens}", Shape(256, 192, 64, 4), (2, 3, 4), 64, "bf16", tokens))
     cases.append(("one pair", Shape(128, 64, 4, 1), (3,), 64, "bf16", "one"))
     cases.append(("many tokens", Shape(512, 256, 8, 2), (2, 3, 4), 64, "bf16", "2000"))

@@ -129,9 +129,13 @@ def on_cpu(monkeypatch: Any) -> Any:
     return follow
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 30, 40, 60])  # cut in each of the ways there are
-def test_what_experts_are_given(tokens: int, on_cpu: Any) -> None:
-    shape = Shape(64, 32, 16, 2)
+@pytest.mark.parametrize(  # cut in each of the ways there are
+    ("tokens", "experts", "programs"),
+    [(1, 16, 660), (5, 16, 0), (30, 16, 660), (40, 16, 660), (40, 64, 660), (70, 64, 660), (60, 16, 660)],
+)
+def test_what_experts_are_given(tokens: int, experts: int, programs: int, on_cpu: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(few, "PROGRAMS_96", programs)
+    shape = Shape(64, 32, experts, 2)
     layer = random_experts(shape, (2, 3, 4), group=32, seed=tokens)
     index, weight = random_routing(shape, tokens, tokens)
     index[1::3, 0] = -1

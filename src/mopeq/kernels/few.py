@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 MOST_OF_8 = 6  # pairs an expert, on average, up to which a tile has 8
 MOST_EACH = 12  # pairs an expert, on average, up to which this kernel is used
 SPARSE = 4  # pairs an expert, on average, up to which a tile's places without a pair are left out (measured so far)
+SCAN = 64  # pairs, up to which each program finds those of its tile itself; above, they are sorted first
+SCAN_WIDE = 128  # the same where experts are many, so that few of the tiles, one for each pair, stay empty
 PROGRAMS = 528  # about as many as a GPU runs at a time
+PROGRAMS_96 = 660  # the same, of 96 registers a thread
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,21 @@ class Cut:
 
 def cut(pairs: int, experts: int, shapes: dict[str, tuple[int, int]]) -> Cut:
     """By the number of (token, choice) pairs and how many an expert gets on average, as measured on an H200."""
-    scan = max(8, 1 << (pairs - 1).bit_length()) if pairs <= 64 else 0
+    scanned = pairs <= SCAN or pairs <= min(SCAN_WIDE, 1.5 * experts)
+    scan = max(8, 1 << (pairs - 1).bit_length()) if scanned else 0
     sparse = pairs <= SPARSE * experts
     if pairs > MOST_OF_8 * experts:
         return Cut(scan, 16, (1, 1), (1, 1), 2, 168, sparse)
     if pairs > 16:
         return Cut(scan, 8, (2, 2), (1, 1), 2, 128, sparse)
-    # few programs, each of few inputs: as many as leave room for those of the next kernel, which wait for them
-    (n, _), (hidden, k) = shapes["up"], shapes["down"]
-    split = min(4, max(2, PROGRAMS // ((len(shapes) - 1) * pairs * -(-n // 128))))
-    if k <= 768:
+    # few programs, each of few inputs: as many as leave room for those of the next kernel, which wait for them; where
+    # all of half the rows find room beside each other, those
+    (n, _), (hidden, k), sides = shapes["up"], shapes["down"], len(shapes) - 1
+    shared = 1 if k <= 768 else 2
+    if pairs * (2 * sides * -(-n // 64) + shared * -(-hidden // 64)) <= PROGRAMS_96:
+        return Cut(scan, 8, (1, 1), (2, shared), 2, 96, sparse)
+    split = min(4, max(2, PROGRAMS // (sides * pairs * -(-n // 128))))
+    if shared == 1:
         return Cut(scan, 8, (2, 2), (split, 1), 2, 128, sparse)
     return Cut(scan, 8, (2, 1 if 2 * pairs * -(-hidden // 64) <= PROGRAMS else 2), (split, 2), 2, 128, sparse)
 

@@ -356,13 +356,14 @@ def upper(x, h, parts, table, words, bytes, halves, bias_gate, bias_up, ids, pai
 def gating(parts, h, bias_gate, bias_up, ids, pairs, E: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr,
            ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
            BN: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """h[pair] from the parts that `upper` left."""
+    """h[pair] from the parts that `upper` left. The pairs' experts are known before that has ended."""
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
     pair = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     e = tl.load(ids + pair)
+    if EARLY:
+        gdc_wait()
     mine = n < tl.where((e >= 0) & (e < E), N, 0)
     g = tl.zeros([BN], tl.float32)
     u = tl.zeros([BN], tl.float32)
