@@ -25,6 +25,7 @@ from typing import Any
 import made
 import pytest
 import typer
+from shared_files import shared
 from vlmeval_kit import write_table
 
 from mopeq.cli import app, run_command
@@ -308,8 +309,12 @@ def worth_running(command: Command) -> bool:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", sorted({c.page for c in SHOWN if c.fenced and worth_running(c)} - set(WHOLE)))
 def test_the_other_pages_examples_as_they_stand(page: str, tmp_path: Path) -> None:
-    """A page's commands in order; every model that it names is the embedded one, packed where the page does not."""
+    """A page's commands in order; every model that it names is the embedded one, packed where the page does not, but
+    for bench-lm."""
     script = [command for command in script_of(page) if worth_running(command)]
+    if any("bench-lm" in command.words for command in script):
+        for name in ("models/bench-lm", "data/text_calib.jsonl", "data/text_eval.jsonl"):
+            (tmp_path / Path(name).name).symlink_to(shared(name))
     for name in ("MODEL", "OLMoE-1B-7B", "original"):
         (tmp_path / name).symlink_to(model_dir())
     (tmp_path / "src").symlink_to(ROOT / "src")
