@@ -85,15 +85,33 @@ WITH_AVX512 static int blocks_512(const void *job, int64_t share, int64_t shares
 }
 
 #ifdef WITH_AMX
+/* As turn_gradients, 16 by 16. */
+INLINE WITH_HALVES void turn_gradients_amx(const Job *f, int64_t first, int64_t rows, int64_t padded, float *g) {
+    __m512i v[16];
+    for (int64_t t = 0; t < padded; t += 16) {
+        float *to = g + t / LANES * LANES * LANES + t % LANES;
+        for (int64_t r = 0; r < rows; r += 16) {
+            const __mmask16 held = rows - r >= 16 ? 0xffff : (__mmask16)((1u << (rows - r)) - 1);
+            for (int i = 0; i < 16; i++)
+                v[i] = _mm512_maskz_loadu_epi32(t + i < f->tokens ? held : 0, f->g + (t + i) * f->out + first + r);
+            turn(v);
+            for (int i = 0; i < 16 && r + i < rows; i++) _mm512_storeu_si512(to + (r + i) * LANES, v[i]);
+        }
+    }
+}
+
+/* All candidates' dW of 64 outputs are made at a time, so that tokens, which the second cache has no room for, pass but
+   once for each. */
 WITH_HALVES static int blocks_amx(const void *job, int64_t share, int64_t shares) {
     const Job *f = job;
-    const int64_t n = f->n, deep = (n + 31) / 32 * 32, stride = deep + PAD, tile = deep * LANES; /* floats */
+    const int64_t n = f->n, deep = (n + 31) / 32 * 32, stride = deep + PAD, tile = deep * LANES, half = LANES * stride;
     const int64_t padded = (f->tokens + LANES - 1) / LANES * LANES;
     void *room = NULL;
-    if (posix_memalign(&room, 64, (deep * padded + LANES * (stride + n + LANES + padded)) * sizeof(float))) return NO_MEMORY;
+    if (posix_memalign(&room, 64, (deep * padded + LANES * (n + LANES + padded) + f->count * half) * sizeof(float)))
+        return NO_MEMORY;
     uint32_t *turned = room; /* [tokens / 64, upper and lower, deep / 2, 64 tokens] */
-    uint16_t *high = (uint16_t *)(turned + deep * padded), *low = high + LANES * stride;
-    float *made = (float *)(low + LANES * stride), *c = made + LANES * n, *g = c + LANES * LANES;
+    float *made = (float *)(turned + deep * padded), *c = made + LANES * n, *g = c + LANES * LANES;
+    uint16_t *aways = (uint16_t *)(g + LANES * padded); /* [candidates, upper and lower, 64 outputs, stride] */
     const Factor x = {f->x, 1, n}, dw = {made, n, 1};
     for (int64_t t = 0; t < padded; t += LANES) {
         uint32_t *to = turned + t / LANES * tile;
@@ -102,18 +120,21 @@ WITH_HALVES static int blocks_amx(const void *job, int64_t share, int64_t shares
     begin_amx();
     for (int64_t first = share * LANES; first < f->out; first += shares * LANES) {
         const int64_t rows = less(f->out - first, LANES);
-        turn_gradients(f, first, rows, padded, g);
+        turn_gradients_amx(f, first, rows, padded, g);
         for (int64_t i = 0; i < f->count; i++) {
-            float *along = f->along + (first / LANES * f->count + i) * padded;
+            uint16_t *high = aways + 2 * i * half;
             away(f, f->candidates + i, first, rows, made);
-            rows_of(&dw, 0, rows, 0, n, high, low, stride);
-            for (int64_t t = 0; t < padded; t += LANES) {
-                const uint32_t *b = turned + t / LANES * tile;
+            rows_of(&dw, 0, rows, 0, n, high, high + half, stride);
+        }
+        for (int64_t t = 0; t < padded; t += LANES) {
+            const uint32_t *b = turned + t / LANES * tile;
+            for (int64_t i = 0; i < f->count; i++) {
+                const uint16_t *high = aways + 2 * i * half;
                 for (int64_t r = 0; r < rows; r += 32)
                     for (int l = 0; l < LANES; l += 32)
-                        corner(n, high + r * stride, low + r * stride, stride, b + l, b + tile / 2 + l, 1, c + r * LANES + l,
-                               LANES, 0);
-                sum_along(rows, g + t * LANES, c, along + t);
+                        corner(n, high + r * stride, high + half + r * stride, stride, b + l, b + tile / 2 + l, 1,
+                               c + r * LANES + l, LANES, 0);
+                sum_along(rows, g + t * LANES, c, f->along + (first / LANES * f->count + i) * padded + t);
             }
         }
     }
