@@ -849,11 +849,24 @@ def test_the_benchmarks_picture(accuracy: Any) -> None:
 
 def test_arms_are_asked_for_by_name(accuracy: Any) -> None:
     def asked(only: str) -> set[str]:
-        return {name for _, name, _ in accuracy.asked_arms(argparse.Namespace(averages="2.25,3.0", only=only))}
+        args = argparse.Namespace(averages="2.25,3.0", only=only, fit="")
+        return {name for _, name, _ in accuracy.asked_arms(args)}
 
     assert asked("fisher, projection;uniform") == {"fisher, projection", "uniform"}
     assert asked("fisher-seq") == {"fisher-seq, expert", "fisher-seq, projection"}
     assert len(asked("")) > 15
+
+
+def test_arms_at_another_tools_bytes(accuracy: Any, capsys: Any) -> None:
+    args = argparse.Namespace(averages="", only="fisher, projection", fit="900,1000")
+    options = {"sensitivity": "fisher", "per": "projection"}
+    assert accuracy.asked_arms(args) == [(None, "fisher, projection", options | {"fit": b}) for b in (900, 1000)]
+    common = {"arm": "a", "average": None, "method": "gptq", "seed": 0, "code_bits": 2.0}
+    rows = [common | {"fit": b, "bytes": b, "kl": b / 1e4} for b in (900, 1000)]
+    accuracy.tables(rows)
+    printed = capsys.readouterr().out
+    assert "| a | 900 | 2.000 | 0.0900 |" in printed and "| a | 1,000 | 2.000 | 0.1000 |" in printed
+    assert [(x, y) for x, y, *_ in accuracy.arm_points(rows, 1)["a"]] == [(900, 0.09), (1000, 0.1)]
 
 
 def test_refusals(tmp_path: Path) -> None:
