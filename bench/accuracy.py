@@ -327,7 +327,8 @@ def tables(rows: list[dict[str, Any]]) -> None:
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == method]
         budgets = sorted({r["average"] for r in mine if r["average"] is not None})
-        for field, shown, places in (("kl", "KL", 4), ("ppl", "perplexity", 2), ("accuracy", "accuracy", 4)):
+        small = digits(mine)
+        for field, shown, places in (("kl", "KL", small), ("ppl", "perplexity", 2), ("accuracy", "accuracy", 4)):
             if not budgets or not all(field in r for r in mine):
                 continue
             print(f"\n### {method}, {shown}\n\n| widths by | " + " | ".join(map(str, budgets)) + " |")
@@ -340,7 +341,7 @@ def tables(rows: list[dict[str, Any]]) -> None:
             print(f"\n| {method}: map | bytes | code bits | KL |\n|---|---|---|---|")
         for at in clustered:
             of = [r for r in mine if place(r) == at]
-            nbytes, bits, kl = mean(of, "bytes"), mean(of, "code_bits"), spread([r["kl"] for r in of])
+            nbytes, bits, kl = mean(of, "bytes"), mean(of, "code_bits"), spread([r["kl"] for r in of], small)
             print(f"| {at[0]} | {nbytes:,.0f} | {bits:.3f} | {kl} |")
     reached(rows)
 
@@ -376,7 +377,7 @@ font:12px ui-sans-serif,system-ui,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sa
 .grid{stroke:var(--rule);fill:none}.arm{stroke-width:1.6;fill:none}.arm.flat{stroke-width:2.6}
 .h0{stroke:var(--h0)}.h1{stroke:var(--h1)}.h2{stroke:var(--h2)}.flat{stroke:var(--soft)}
 rect.at,circle.at{fill:var(--page);stroke-width:1.6}"""
-SIZE, LEGEND = (800, 400), 230  # a quantizer's panel; of its width, what the names take
+SIZE, LEGEND, LETTER = (800, 400), 230, 6.6  # a quantizer's panel; of its width, what the names take; a letter
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
@@ -394,9 +395,10 @@ def picture(rows: list[dict[str, Any]]) -> str:
 
 def panel(rows: list[dict[str, Any]], method: str, unit: tuple[int, str]) -> str:
     (width, height), lines = SIZE, arm_points(rows, unit[0])
+    start = width - max(LEGEND, 62 + round(LETTER * max(map(len, lines))))  # the names' column
     xs, ys = zip(*((x, y) for points in lines.values() for x, *ks in points for y in ks), strict=True)
     pad = 0.04 * (max(xs) - min(xs)) or 0.05 * max(xs)
-    across = Axis(min(xs) - pad, max(xs) + pad, 64, width - LEGEND)
+    across = Axis(min(xs) - pad, max(xs) + pad, 64, start)
     upward = Axis(math.log10(min(ys)) - 0.08, math.log10(max(ys)) + 0.08, height - 44, 34, log=True)
     body = [f'<text x="{across.start}" y="20">{escape(method)}</text>']
     body.append(scatter_frame(across, upward, unit[1], "KL, nats per token"))
@@ -404,8 +406,8 @@ def panel(rows: list[dict[str, Any]], method: str, unit: tuple[int, str]) -> str
         places = [(across.at(x), *(upward.at(k) for k in ks)) for x, *ks in points]
         y = 40 + 18 * n
         body.append(drawn(arm, n, places))
-        body.append(drawn(arm, n, [(width - LEGEND + x, y, y, y) for x in (18, 42)]))
-        body.append(f'<text x="{width - LEGEND + 54}" y="{y + 4}">{escape(arm)}</text>')
+        body.append(drawn(arm, n, [(start + x, y, y, y) for x in (18, 42)]))
+        body.append(f'<text x="{start + 54}" y="{y + 4}">{escape(arm)}</text>')
     return "".join(body)
 
 
@@ -443,7 +445,12 @@ def mean(rows: list[dict[str, Any]], field: str) -> float:
     return sum(r[field] for r in rows) / len(rows)
 
 
-def spread(values: list[float], places: int = 4) -> str:
+def digits(rows: list[dict[str, Any]]) -> int:
+    """Decimal places that show two digits of the least KL, four at least."""
+    return max(4, 1 - math.floor(math.log10(min(r["kl"] for r in rows) or 1)))
+
+
+def spread(values: list[float], places: int) -> str:
     """The mean, and half the range where several seeds differ."""
     if not values:
         return ""

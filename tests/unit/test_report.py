@@ -845,6 +845,10 @@ def test_the_benchmarks_picture(accuracy: Any) -> None:
     (kx, ky), (ax, ay), (bx, by) = at[0], at[3], at[6]
     assert kx < ax == bx and ky < ay < by
     assert len(list(first.iter(f"{svg}rect"))) == 4
+    rows.append(rows[-1] | {"arm": "fisher, projection, kmeans' bytes"})
+    words = list(ElementTree.fromstring(accuracy.picture(rows)).iter(f"{svg}text"))
+    ends = {t.text: float(t.get("x")) + 6.6 * len(t.text) for t in words if t.get("x")}
+    assert 780 < ends["fisher, projection, kmeans' bytes"] < 800 > ends["uniform"]
 
 
 def test_arms_are_asked_for_by_name(accuracy: Any) -> None:
@@ -867,6 +871,13 @@ def test_arms_at_another_tools_bytes(accuracy: Any, capsys: Any) -> None:
     printed = capsys.readouterr().out
     assert "| a | 900 | 2.000 | 0.0900 |" in printed and "| a | 1,000 | 2.000 | 0.1000 |" in printed
     assert [(x, y) for x, y, *_ in accuracy.arm_points(rows, 1)["a"]] == [(900, 0.09), (1000, 0.1)]
+
+
+def test_tables_show_two_digits_of_the_least_loss(accuracy: Any, capsys: Any) -> None:
+    common = {"arm": "a", "average": 2.5, "method": "gptq", "bytes": 9, "code_bits": 2.5, "ppl": 9.0}
+    accuracy.tables([common | {"seed": seed, "kl": kl} for seed, kl in enumerate((0.00074, 0.00078))])
+    assert "| a | 0.00076 ± 0.00002 |" in capsys.readouterr().out
+    assert [accuracy.digits([{"kl": kl}]) for kl in (0.3, 0.0011, 0.00099, 0.0)] == [4, 4, 5, 4]
 
 
 def test_refusals(tmp_path: Path) -> None:
