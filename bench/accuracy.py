@@ -7,7 +7,8 @@ The second prints tables and, where its arms are there, what had to be reached b
 Every matrix is quantized once per quantizer and format; an arm then puts the dequantized values of its map into the
 model (a checkpoint read back gives the same logits, which `quantize` checks) and measures it against the original.
 The budget of an average is the bytes of `--per expert` at that average; every other arm is given those bytes and
-spends as much of them as its shapes can. Each seed draws its own calibration, samples and random mix. Resumable: rows
+spends as much of them as its shapes can. `--fit` has arms at any other bytes too, such as another tool took
+(bench/peers.py). Each seed draws its own calibration, samples and random mix. Resumable: rows
 already in the output are not made again.
 
 Of questions the share is counted whose answer a greedy generation would give word for word: every token of the answer,
@@ -230,7 +231,8 @@ class Bench:
 
     def arm(self, name: str, options: dict[str, Any], average: float | None, method: str) -> dict[str, Any]:
         """Solve one arm's map, put it in, measure."""
-        fit, options = None, dict(options)
+        options, asked = dict(options), {k: n for k, n in options.items() if k == "fit"}
+        fit = options.pop("fit", None)
         if (other := options.pop("bytes_of", None)) is not None:
             fit = self.bytes_of(other, method)
         elif average is not None:
@@ -239,7 +241,8 @@ class Bench:
         tuning = self.put(map_, method)
         code_bits = map_.code_bits(job.spec) / job.spec.expert_params
         facts = {"bytes": job.fixed + map_.nbytes(job.spec), "budget": fit, "code_bits": code_bits, "map": map_.digest}
-        return {"arm": name, "average": average, "method": method, "seed": self.seed} | facts | tuning | self.measure()
+        row = {"arm": name, "average": average, "method": method, "seed": self.seed} | asked
+        return row | facts | tuning | self.measure()
 
 
 def answered(rows: list[dict[str, torch.Tensor]], logits: list[torch.Tensor]) -> dict[str, float]:
@@ -271,6 +274,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="items of each task measured")
     parser.add_argument("--methods", default="rtn,signround,gptq", help="quantizers; gptq+tune: and tune its scales")
     parser.add_argument("--averages", default=",".join(map(str, AVERAGES)))
+    parser.add_argument("--fit", default="", help="whole checkpoints' bytes that arms are given too, by commas")
     parser.add_argument("--only", default="", help="arms so named, or whose names contain it, by semicolons")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", default="0,1,2")
@@ -286,13 +290,13 @@ def main() -> None:
     done = set()
     if args.output.exists():
         rows = [json.loads(line) for line in args.output.read_text().splitlines()]
-        done = {(r["arm"], r["average"], r["method"], r["seed"]) for r in rows if "arm" in r}
+        done = {(*place(r), r["method"], r["seed"]) for r in rows if "arm" in r}
     with open(args.output, "a") as file:
         for seed in map(int, args.seeds.split(",")):
             bench = Bench(args, seed)
             for method in args.methods.split(","):
                 for average, name, options in asked_arms(args):
-                    if (name, average, method, seed) not in done:
+                    if (name, average, options.get("fit"), method, seed) not in done:
                         row = bench.arm(name, options, average, method)
                         more = f"  {row['accuracy']:.3f}" if "accuracy" in row else ""
                         say(
@@ -307,7 +311,9 @@ def main() -> None:
 
 def asked_arms(args: argparse.Namespace) -> list[tuple[float | None, str, dict[str, Any]]]:
     found: list[tuple[float | None, str, dict[str, Any]]]
-    found = [(a, *arm) for a in map(float, args.averages.split(",")) for arm in arms(a)]
+    found = [(a, *arm) for a in map(float, filter(None, args.averages.split(","))) for arm in arms(a)]
+    for size in map(int, filter(None, args.fit.split(","))):
+        found += [(None, name, options | {"fit": size}) for name, options in arms(2.5)]
     for scope in ("model", "layer"):
         for s in ("hessian", "hutchinson", "frequency"):
             found.append((None, f"kmeans {scope}, {s}", KMEANS | {"scope": scope, "sensitivity": s}))
@@ -321,7 +327,8 @@ def tables(rows: list[dict[str, Any]]) -> None:
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == method]
         budgets = sorted({r["average"] for r in mine if r["average"] is not None})
-        for field, shown, places in (("kl", "KL", 4), ("ppl", "perplexity", 2), ("accuracy", "accuracy", 4)):
+        small = digits(mine)
+        for field, shown, places in (("kl", "KL", small), ("ppl", "perplexity", 2), ("accuracy", "accuracy", 4)):
             if not budgets or not all(field in r for r in mine):
                 continue
             print(f"\n### {method}, {shown}\n\n| widths by | " + " | ".join(map(str, budgets)) + " |")
@@ -329,14 +336,13 @@ def tables(rows: list[dict[str, Any]]) -> None:
             for arm in dict.fromkeys(r["arm"] for r in mine if r["average"] is not None):
                 cells = [[r[field] for r in mine if (r["arm"], r["average"]) == (arm, a)] for a in budgets]
                 print(f"| {arm} | " + " | ".join(spread(c, places) for c in cells) + " |")
-        clustered = dict.fromkeys(r["arm"] for r in mine if r["average"] is None)
+        clustered = dict.fromkeys(place(r) for r in mine if r["average"] is None)
         if clustered:
             print(f"\n| {method}: map | bytes | code bits | KL |\n|---|---|---|---|")
-        for arm in clustered:
-            of = [r for r in mine if r["arm"] == arm]
-            print(
-                f"| {arm} | {mean(of, 'bytes'):,.0f} | {mean(of, 'code_bits'):.3f} | {spread([r['kl'] for r in of])} |"
-            )
+        for at in clustered:
+            of = [r for r in mine if place(r) == at]
+            nbytes, bits, kl = mean(of, "bytes"), mean(of, "code_bits"), spread([r["kl"] for r in of], small)
+            print(f"| {at[0]} | {nbytes:,.0f} | {bits:.3f} | {kl} |")
     reached(rows)
 
 
@@ -371,7 +377,7 @@ font:12px ui-sans-serif,system-ui,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sa
 .grid{stroke:var(--rule);fill:none}.arm{stroke-width:1.6;fill:none}.arm.flat{stroke-width:2.6}
 .h0{stroke:var(--h0)}.h1{stroke:var(--h1)}.h2{stroke:var(--h2)}.flat{stroke:var(--soft)}
 rect.at,circle.at{fill:var(--page);stroke-width:1.6}"""
-SIZE, LEGEND = (800, 400), 230  # a quantizer's panel; of its width, what the names take
+SIZE, LEGEND, LETTER = (800, 400), 230, 6.6  # a quantizer's panel; of its width, what the names take; a letter
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
@@ -389,9 +395,10 @@ def picture(rows: list[dict[str, Any]]) -> str:
 
 def panel(rows: list[dict[str, Any]], method: str, unit: tuple[int, str]) -> str:
     (width, height), lines = SIZE, arm_points(rows, unit[0])
+    start = width - max(LEGEND, 62 + round(LETTER * max(map(len, lines))))  # the names' column
     xs, ys = zip(*((x, y) for points in lines.values() for x, *ks in points for y in ks), strict=True)
     pad = 0.04 * (max(xs) - min(xs)) or 0.05 * max(xs)
-    across = Axis(min(xs) - pad, max(xs) + pad, 64, width - LEGEND)
+    across = Axis(min(xs) - pad, max(xs) + pad, 64, start)
     upward = Axis(math.log10(min(ys)) - 0.08, math.log10(max(ys)) + 0.08, height - 44, 34, log=True)
     body = [f'<text x="{across.start}" y="20">{escape(method)}</text>']
     body.append(scatter_frame(across, upward, unit[1], "KL, nats per token"))
@@ -399,8 +406,8 @@ def panel(rows: list[dict[str, Any]], method: str, unit: tuple[int, str]) -> str
         places = [(across.at(x), *(upward.at(k) for k in ks)) for x, *ks in points]
         y = 40 + 18 * n
         body.append(drawn(arm, n, places))
-        body.append(drawn(arm, n, [(width - LEGEND + x, y, y, y) for x in (18, 42)]))
-        body.append(f'<text x="{width - LEGEND + 54}" y="{y + 4}">{escape(arm)}</text>')
+        body.append(drawn(arm, n, [(start + x, y, y, y) for x in (18, 42)]))
+        body.append(f'<text x="{start + 54}" y="{y + 4}">{escape(arm)}</text>')
     return "".join(body)
 
 
@@ -408,7 +415,7 @@ def arm_points(rows: list[dict[str, Any]], unit: int) -> dict[str, list[tuple[fl
     """{arm: (size, mean KL, least, most) by size}; the arms that lose most where all are measured first."""
     found: dict[str, list[tuple[float, float, float, float]]] = {}
     for arm in dict.fromkeys(r["arm"] for r in rows):
-        of = [[r for r in rows if (r["arm"], r["average"]) == (arm, a)] for a in {r["average"] for r in rows}]
+        of = [[r for r in rows if place(r) == at] for at in {place(r) for r in rows if r["arm"] == arm}]
         kls = [(mean(c, "bytes") / unit, [r["kl"] for r in c]) for c in of if c]
         found[arm] = sorted((x, sum(k) / len(k), min(k), max(k)) for x, k in kls)
     middle = [r["average"] for r in rows if r["average"] is not None and r["arm"] != "uniform"]
@@ -429,11 +436,21 @@ def drawn(arm: str, n: int, places: list[tuple[float, float, float, float]]) -> 
     return "".join(body)
 
 
+def place(row: dict[str, Any]) -> tuple[str, float | None, int | None]:
+    """(arm, average, bytes it was given in place of one)."""
+    return row["arm"], row["average"], row.get("fit")
+
+
 def mean(rows: list[dict[str, Any]], field: str) -> float:
     return sum(r[field] for r in rows) / len(rows)
 
 
-def spread(values: list[float], places: int = 4) -> str:
+def digits(rows: list[dict[str, Any]]) -> int:
+    """Decimal places that show two digits of the least KL, four at least."""
+    return max(4, 1 - math.floor(math.log10(min(r["kl"] for r in rows) or 1)))
+
+
+def spread(values: list[float], places: int) -> str:
     """The mean, and half the range where several seeds differ."""
     if not values:
         return ""

@@ -175,6 +175,8 @@ class Peer:
         from auto_round import AutoScheme
 
         assert recipe.average is not None
+        # AutoScheme turns it on and leaves it on; recomputed by it, tuning's compiled code met other shapes and died
+        model.supports_gradient_checkpointing = False
         layers = len(self.bench.job.spec.layers)
         reached = math.ceil(recipe.average * layers) / layers
         experts = sum(w.numel() for _, module in experts_modules(model) for w in weights(module).values())

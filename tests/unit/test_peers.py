@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import made
@@ -32,3 +34,19 @@ def test_widened_experts_compute_the_same(peers: Any, kind: str) -> None:
     ids = torch.arange(3, 203)[None]
     with torch.no_grad():
         torch.testing.assert_close(wide.float()(input_ids=ids).logits, own.float()(input_ids=ids).logits)
+
+
+def test_a_model_whose_widths_are_chosen_is_tuned_without_checkpointing(peers: Any, monkeypatch: Any) -> None:
+    """AutoScheme turns gradient checkpointing on where it is supported and leaves it on; then tuning died."""
+    tool = SimpleNamespace(AutoScheme=lambda **asked: SimpleNamespace(**asked))
+    schemes = SimpleNamespace(QuantizationScheme=lambda **asked: SimpleNamespace(**asked))
+    monkeypatch.setitem(sys.modules, "auto_round", tool)
+    monkeypatch.setitem(sys.modules, "auto_round.schemes", schemes)
+    model = peers.wide_model(made.source("qwen3_vl_moe"))
+    assert model.supports_gradient_checkpointing
+    peer = peers.Peer.__new__(peers.Peer)
+    peer.bench = SimpleNamespace(job=SimpleNamespace(spec=SimpleNamespace(layers=[None] * 2)))
+    peer.windows_ST = torch.zeros(3, 8, dtype=torch.long)
+    asked = peer.choosing(peers.Recipe.parse("autoscheme-2.5+sym+ext"), model)
+    assert not model.supports_gradient_checkpointing
+    assert 2.5 < asked.avg_bits < 16 and [o.bits for o in asked.options] == [2, 3, 4]

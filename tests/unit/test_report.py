@@ -845,15 +845,39 @@ def test_the_benchmarks_picture(accuracy: Any) -> None:
     (kx, ky), (ax, ay), (bx, by) = at[0], at[3], at[6]
     assert kx < ax == bx and ky < ay < by
     assert len(list(first.iter(f"{svg}rect"))) == 4
+    rows.append(rows[-1] | {"arm": "fisher, projection, kmeans' bytes"})
+    words = list(ElementTree.fromstring(accuracy.picture(rows)).iter(f"{svg}text"))
+    ends = {t.text: float(t.get("x")) + 6.6 * len(t.text) for t in words if t.get("x")}
+    assert 780 < ends["fisher, projection, kmeans' bytes"] < 800 > ends["uniform"]
 
 
 def test_arms_are_asked_for_by_name(accuracy: Any) -> None:
     def asked(only: str) -> set[str]:
-        return {name for _, name, _ in accuracy.asked_arms(argparse.Namespace(averages="2.25,3.0", only=only))}
+        args = argparse.Namespace(averages="2.25,3.0", only=only, fit="")
+        return {name for _, name, _ in accuracy.asked_arms(args)}
 
     assert asked("fisher, projection;uniform") == {"fisher, projection", "uniform"}
     assert asked("fisher-seq") == {"fisher-seq, expert", "fisher-seq, projection"}
     assert len(asked("")) > 15
+
+
+def test_arms_at_another_tools_bytes(accuracy: Any, capsys: Any) -> None:
+    args = argparse.Namespace(averages="", only="fisher, projection", fit="900,1000")
+    options = {"sensitivity": "fisher", "per": "projection"}
+    assert accuracy.asked_arms(args) == [(None, "fisher, projection", options | {"fit": b}) for b in (900, 1000)]
+    common = {"arm": "a", "average": None, "method": "gptq", "seed": 0, "code_bits": 2.0}
+    rows = [common | {"fit": b, "bytes": b, "kl": b / 1e4} for b in (900, 1000)]
+    accuracy.tables(rows)
+    printed = capsys.readouterr().out
+    assert "| a | 900 | 2.000 | 0.0900 |" in printed and "| a | 1,000 | 2.000 | 0.1000 |" in printed
+    assert [(x, y) for x, y, *_ in accuracy.arm_points(rows, 1)["a"]] == [(900, 0.09), (1000, 0.1)]
+
+
+def test_tables_show_two_digits_of_the_least_loss(accuracy: Any, capsys: Any) -> None:
+    common = {"arm": "a", "average": 2.5, "method": "gptq", "bytes": 9, "code_bits": 2.5, "ppl": 9.0}
+    accuracy.tables([common | {"seed": seed, "kl": kl} for seed, kl in enumerate((0.00074, 0.00078))])
+    assert "| a | 0.00076 ± 0.00002 |" in capsys.readouterr().out
+    assert [accuracy.digits([{"kl": kl}]) for kl in (0.3, 0.0011, 0.00099, 0.0)] == [4, 4, 5, 4]
 
 
 def test_refusals(tmp_path: Path) -> None:
