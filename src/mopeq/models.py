@@ -107,6 +107,8 @@ def load_config(folder: Path) -> Any:
         for scope in (config, *vars(config).values()):  # an empty one says nothing, and is none to transformers' loader
             if hasattr(scope, "quantization_config") and (unpacks or not scope.quantization_config):
                 del scope.quantization_config
+            if getattr(scope, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+                scope._attn_implementation = None  # a package of its authors' machine; what it computes is the same
         return config
     except MopeqError:
         raise

@@ -387,7 +387,11 @@ class PrecisionMap:
 
     def nbytes(self, spec: MoESpec) -> int:
         """Stored bytes of the routed matrices, and of the padding."""
-        return self.padding + sum(self.formats[i].nbytes(out, n) for i, (out, n) in spec.linears)
+        return self.padding + self.matrix_bytes(spec)
+
+    def matrix_bytes(self, spec: MoESpec) -> int:
+        """Stored bytes of the routed matrices: codes, scales and zero points."""
+        return sum(self.formats[i].nbytes(out, n) for i, (out, n) in spec.linears)
 
     def to_json(self) -> dict[str, Any]:
         body: dict[str, Any] = {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mopeq.assemble import PackedReader, dense_layer, dense_tensor, dense_tensors
 from mopeq.checkpoint import shard_files
 from mopeq.errors import BadInput, MopeqError, first_line
+from mopeq.families.standard import TOP_K_KEYS
 from mopeq.memory import FEW
 from mopeq.models import load_config, load_model, logits_of, model_class, quiet_transformers
 from mopeq.nouns import Format, LinearId, MoELayer, MoESpec, PrecisionMap
@@ -39,13 +40,15 @@ def some_tokens(config: Any, seed: int) -> Tensor:
     text = config.get_text_config()
     special = {v for c in (config, text) for k, v in vars(c).items() if k.endswith("_id") and isinstance(v, int)}
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randperm(min(text.vocab_size, 30000), generator=generator)
-    return torch.tensor([i for i in ids.tolist() if i not in special][:TOKENS])[None]
+    ids = torch.randperm(min(text.vocab_size, 30000), generator=generator).tolist()
+    plain = [i for i in ids if i not in special]
+    return torch.tensor((plain or ids)[:TOKENS])[None]
 
 
-def check_model(source: Path, spec: MoESpec, other: Format | None) -> None:
+def check_model(source: Path, spec: MoESpec, other: Format | None) -> tuple[str, ...]:
     """BadInput, before any work, where the config's model cannot be made of the source's tensors, or not with all other
-    matrices packed in `other`. What only the loader finds shows when the folder is read back."""
+    matrices packed in `other`; else what a user should know. What only the loader finds shows when the folder is read
+    back."""
     from mopeq.plugins.hf import MopeqConfig, MopeqQuantizer
 
     config = load_config(source)
@@ -66,6 +69,23 @@ def check_model(source: Path, spec: MoESpec, other: Format | None) -> None:
             quantizer.pack_others(model, {t.name for t in other_outputs(spec, other)}, other)
     except MopeqError as problem:
         raise BadInput(problem.line, problem.hint) from None
+    refuse_unfit_choice(spec, config)
+    run = {layer.layer for layer, _ in model_layers(spec, model)}
+    idle = [layer.layer for layer in spec.layers if layer.layer not in run]
+    said = f"config.json's model has no layer for the experts of {idle} in the weights: they are packed, and never run"
+    return (said,) if idle else ()
+
+
+def refuse_unfit_choice(spec: MoESpec, config: Any) -> None:
+    """BadInput where the experts a token is sent to are left to a default that is more than there are."""
+    text = config.get_text_config()
+    for key in TOP_K_KEYS:
+        count, most = getattr(text, key, None), max(layer.experts for layer in spec.layers)
+        if isinstance(count, int) and count > most:
+            raise BadInput(
+                f"config.json does not say {key}, {count} where it is left out, and a layer has {most} experts",
+                f"add {key} to config.json",
+            )
 
 
 def refuse_unfit_experts(spec: MoESpec, model: Any) -> None:

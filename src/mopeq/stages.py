@@ -144,7 +144,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
     from mopeq.readback import check_model
 
     pick_device(job.options.device)  # refused where there is none, also by what does not need it
-    check_model(job.folder, job.spec, job.options.other)
+    beforehand = [*plan_notes(job), *check_model(job.folder, job.spec, job.options.other)]
     if job.options.ray:
         from mopeq import cluster
 
@@ -182,11 +182,11 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
             "predicted_bytes": payload if predicted is None else predicted,
             "bytes_source": source,
             "avg_expert_bits": map_.code_bits(job.spec) / job.spec.expert_params,
-            "avg_expert_bits_effective": 8 * map_.nbytes(job.spec) / job.spec.expert_params,
+            "avg_expert_bits_effective": 8 * map_.matrix_bytes(job.spec) / job.spec.expert_params,
             "map": map_.digest,
             "counts": map_.counts(),
             "read_back": difference,
-            "notes": [*plan_notes(job), *(calibration.notes if calibration else ()), *checked_map, *notes, *tuned],
+            "notes": [*beforehand, *(calibration.notes if calibration else ()), *checked_map, *notes, *tuned],
             "seconds": round(time.monotonic() - started, 3),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
@@ -196,7 +196,7 @@ def quantize(model: str | Path, out: str | Path, **options: Any) -> dict[str, An
     if not job.options.run:
         shutil.rmtree(out / ".mopeq" / "quantized", ignore_errors=True)
     shutil.rmtree(out / WRITTEN, ignore_errors=True)
-    for note in (*plan_notes(job), *notes):  # the calibration's were said when it was read
+    for note in (*beforehand, *notes):  # the calibration's were said when it was read
         say(f"note: {note}")
     say(f"{size_text(source)} -> {size_text(payload)} in {out}")
     return facts

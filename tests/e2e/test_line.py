@@ -76,6 +76,11 @@ def test_planned_bytes_are_written_bytes(options: tuple[str, ...], tmp_path: Pat
     draw = random.Random(" ".join(options))
     kind, dtype = draw.choice(KINDS), draw.choice(list(DTYPES))
     ahead, made = forecast_and_truth(kind, dtype, tmp_path / "out", *options)
+    parts = (".qweight", ".scales", ".zeros")
+    headers = [header_of(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    spans = [e["data_offsets"] for h in headers for n, e in h.items() if ".experts." in n and n.endswith(parts)]
+    held = sum(end - start for start, end in spans)  # and no padding
+    assert made["avg_expert_bits_effective"] == pytest.approx(8 * held / ahead["expert_params"], rel=1e-9)
     if "--avg-bits" in options:
         assert made["avg_expert_bits"] <= float(options[options.index("--avg-bits") + 1]) + 1e-9
     if "--fit" in options:

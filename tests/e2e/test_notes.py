@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import quantize, source
+from made import copy, quantize, source
 
 from mopeq import assemble
 
@@ -45,3 +45,11 @@ def test_every_note_is_said_once(tmp_path: Path, capsys: Any) -> None:
     err = capsys.readouterr().err
     assert len(made["notes"]) >= 3  # the built-in data, two layers
     assert [err.count(note) for note in made["notes"]] == [1] * len(made["notes"])
+
+
+def test_layers_beyond_the_config_are_told(tmp_path: Path) -> None:
+    folder = copy(source("olmoe"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    made = quantize(folder, tmp_path / "out", sensitivity="hessian", method="rtn")
+    assert [note for note in made["notes"] if "no layer for the experts of [1]" in note]

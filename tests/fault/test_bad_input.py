@@ -19,6 +19,7 @@ from made import copy, header_of, packed, payload, source, stored, write_shard
 from warm import Ended, mopeq
 
 MANIFEST = "mopeq_manifest.json"
+ABSENT = object()
 ROOT = os.geteuid() == 0
 
 
@@ -133,13 +134,14 @@ def test_other_expert_counts(model: Path, tmp_path: Path) -> None:
         ({"vocab_size": 999}, "[999, 64] by config.json"),
         ({"intermediate_size": 44}, "gate is [40, 64] in the weights, [44, 64] by config.json"),
         ({"hidden_size": "64"}, "expected int, got str"),
+        ({"num_experts_per_tok": ABSENT}, "does not say num_experts_per_tok, 8 where it is left out"),
         ({"num_hidden_layers": 3}, "model.layers.2.mlp.experts has no counterpart"),
         ({"hidden_act": "nonesuch"}, "cannot build the model"),
     ],
 )
 def test_a_config_of_another_checkpoint(change: dict[str, Any], said: str, model: Path, tmp_path: Path) -> None:
     """Whatever `plan` cannot see of it is refused before any work."""
-    config(model, lambda c: c | change)
+    config(model, lambda c: {k: v for k, v in (c | change).items() if v is not ABSENT})
     ended = quantize(model, tmp_path / "out")
     assert said in ended.refused()[0] and "check:" not in ended.err
     nothing_written(tmp_path / "out")
@@ -153,6 +155,18 @@ def test_a_tensor_that_the_config_asks_for(lost: str, model: Path, tmp_path: Pat
         ended = quantize(model, tmp_path / "out", *more)
         assert f"becomes {lost}" in ended.refused()[0] and "check:" not in ended.err
         nothing_written(tmp_path / "out")
+
+
+def test_an_attention_of_another_machine(model: Path, tmp_path: Path) -> None:
+    """Some authors leave the attention they trained with in config.json; its package need not be here."""
+    config(model, lambda c: c | {"_attn_implementation": "flash_attention_2"})
+    made = quantize(model, tmp_path / "out", "--sensitivity", "error", "--method", "gptq", "--calib-tokens", 99)
+    assert made.code == 0, made.err
+
+
+def test_a_vocabulary_of_special_tokens_alone(tmp_path: Path) -> None:
+    made = quantize(source("olmoe", vocab_size=3), tmp_path / "out")
+    assert made.code == 0, made.err
 
 
 def test_what_may_be_missing(model: Path, tmp_path: Path) -> None:

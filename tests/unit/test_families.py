@@ -245,6 +245,14 @@ def test_expert_counts_elsewhere_in_the_config() -> None:
     read_spec(checkpoint(olmoe_shapes(), {"model_type": "olmoe", "num_experts": True, "vision_config": None}))
 
 
+@pytest.mark.parametrize("where", ["", "text_config", "vision_config"])
+def test_absurdly_many_layers(where: str) -> None:
+    """transformers would list and build them all before it looks at a weight."""
+    said = {"num_hidden_layers": 10**9}
+    config = {"model_type": "olmoe"} | ({where: said} if where else said)
+    assert "num_hidden_layers = 1000000000" in refused(olmoe_shapes(), config).line
+
+
 def test_every_row_is_a_name_transformers_or_a_port_would_use() -> None:
     assert all(name == name.lower() and " " not in name for name in FAMILIES)
     assert {"olmoe", "qwen3_vl_moe", "gpt_oss", "deepseek_v2", "mixtral"} <= set(FAMILIES)

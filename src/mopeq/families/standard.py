@@ -14,12 +14,15 @@ from mopeq.sources import unpacked
 
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+LAYER_COUNT_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "depth", "encoder_layers", "decoder_layers")
+MANY_LAYERS = 1000  # more than any model has
 
 
 def read_spec(checkpoint: Checkpoint) -> MoESpec:
     """What the headers of a checkpoint tell. BadInput for a dense, unknown, pre-quantized or incomplete one."""
     config, tensors = unpacked(checkpoint.config, checkpoint.tensors)
     refuse_quantized(config)
+    check_layer_count(config, tensors)
     model_type, family = find_family(config, tensors)
     if tied(config) and any(name.endswith("embed_tokens.weight") for name in tensors):
         # a copy of the tied matrix is no second matrix
@@ -276,6 +279,17 @@ def numbered(prefixes: Mapping[str, Any]) -> list[tuple[int, str]]:
     if len(set(numbers)) < len(numbers):
         numbers = list(range(len(ordered)))
     return sorted(zip(numbers, ordered, strict=True))
+
+
+def check_layer_count(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """BadInput where the config promises far more layers than there are tensors: transformers lists and builds them all
+    before it looks at the weights, for hours and without end to the memory."""
+    for key, count in expert_counts(config, LAYER_COUNT_KEYS):
+        if count > max(len(tensors), MANY_LAYERS):
+            raise BadInput(
+                f"config.json says {key} = {count}, and there are {len(tensors)} tensors",
+                "the file is damaged, or of another checkpoint",
+            )
 
 
 def check_expert_count(config: Mapping[str, Any], layers: tuple[MoELayer, ...]) -> None:

@@ -74,7 +74,7 @@ def solve_again(path: Path, avg_bits: float | None, fit: str | int | None) -> tu
     return map_, {
         "bytes_weights": total,
         "avg_expert_bits": map_.code_bits(job.spec) / job.spec.expert_params,
-        "avg_expert_bits_effective": 8 * map_.nbytes(job.spec) / job.spec.expert_params,
+        "avg_expert_bits_effective": 8 * map_.matrix_bytes(job.spec) / job.spec.expert_params,
     }
 
 
