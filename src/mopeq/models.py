@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mopeq.checkpoint import open_checkpoint, read_json
+from mopeq.checkpoint import INDEX, open_checkpoint, read_json
 from mopeq.errors import BadInput, MopeqError, first_line
 from mopeq.nouns import PackedTensor, TensorInfo
 from mopeq.seam import spare_odd_widths
@@ -129,6 +129,14 @@ def packed_tensors(folder: Path) -> dict[str, TensorInfo]:
     return tensors if any(isinstance(t, PackedTensor) for t in tensors.values()) else {}
 
 
+def unnamed_tensors(folder: Path) -> Mapping[str, TensorInfo]:
+    """The tensors of a source whose shards transformers would not find: other names than its own, or many and no index;
+    {} for every other."""
+    if any((folder / name).exists() for name in ("model.safetensors", INDEX)):
+        return {}
+    return open_checkpoint(folder).tensors
+
+
 def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:
     """The checkpoint's model in eval mode. MopeqError if a tensor of it is missing or does not fit.
 
@@ -137,7 +145,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str | N
     quiet_transformers()
     config = load_config(folder)
     options: dict[str, Any] = {"config": config} | ({} if attention is None else {"attn_implementation": attention})
-    tensors = packed_tensors(folder)
+    tensors = packed_tensors(folder) or unnamed_tensors(folder)
     if tensors:
         options |= {"state_dict": {name: widened(folder, t, dtype) for name, t in tensors.items()}}
     place = None if tensors else folder

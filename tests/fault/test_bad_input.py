@@ -169,6 +169,24 @@ def test_a_vocabulary_of_special_tokens_alone(tmp_path: Path) -> None:
     assert made.code == 0, made.err
 
 
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """Its ids would lie outside the embedding."""
+    small = source("olmoe", vocab_size=100)
+    ended = quantize(small, tmp_path / "out", "--sensitivity", "error", "--method", "gptq", "--calib-tokens", 99)
+    assert "the model has 100 tokens" in ended.refused()[0]
+    assert quantize(small, tmp_path / "out").code == 0
+    (tmp_path / "text.txt").write_text("the quick brown fox")
+    ended = mopeq("eval", tmp_path / "out", "--data", tmp_path / "text.txt")
+    assert "the model has 100 tokens" in ended.refused()[0]
+
+
+def test_shards_without_their_index(model: Path, tmp_path: Path) -> None:
+    """`plan` reads them, and so does what runs the model, though transformers would not find them."""
+    (model / "model.safetensors.index.json").unlink()
+    made = quantize(model, tmp_path / "out", "--sensitivity", "error", "--method", "gptq", "--calib-tokens", 99)
+    assert made.code == 0, made.err
+
+
 def test_what_may_be_missing(model: Path, tmp_path: Path) -> None:
     """A tied head, which is the embedding."""
     drop(model, "lm_head.weight")

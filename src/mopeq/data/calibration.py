@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import Batch, asked, max_positions, windows
+from mopeq.data.encode import Batch, asked, max_positions, one_row, windows
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item, builtin, read
@@ -146,7 +146,7 @@ def text_rows(items: list[Item], processor: Any, config: Any, tokens: int, last:
     character `last`."""
     window = min(WINDOW, max_positions(config) or WINDOW, max(tokens, 2))
     for ids in windows((item.text[:last] for item in items if item.text), tokenizer_of(processor), window):
-        yield {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+        yield one_row(ids, config)
 
 
 def text_batches(rows: list[Batch]) -> Iterator[Batch]:

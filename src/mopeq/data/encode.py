@@ -194,7 +194,7 @@ def batches(items: Sequence[Item], processor: Any, config: Any, window: int) -> 
     most = max_positions(config)
     window = min(window, most) if most else window
     for ids in windows((item.text for item in items if item.text is not None), tokenizer_of(processor), window):
-        yield {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+        yield one_row(ids, config)
     for item in (item for item in items if item.text is None):
         yield asked(item, processor, config)
 
@@ -206,7 +206,26 @@ def asked(item: Item, processor: Any, config: Any) -> Batch:
     length, most = batch["input_ids"].shape[1], max_positions(config)
     if most and length > most:
         raise BadInput(f"{item.source}: {length} tokens, the model has {most} positions", "shorten it")
+    if not item.images:  # a picture's may stand outside the vocabulary
+        check_ids(batch["input_ids"], config)
     return batch | {"image_mask": image_positions(batch, config)} if item.images else batch
+
+
+def one_row(ids: Tensor, config: Any) -> Batch:
+    """A window of text [T] as a batch of one row."""
+    check_ids(ids, config)
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+
+
+def check_ids(ids: Tensor, config: Any) -> None:
+    """BadInput where a text has tokens that the model has no embedding for."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known, most = getattr(text, "vocab_size", None), int(ids.max())
+    if isinstance(known, int) and most >= known + (getattr(config, "additional_vocab_size", None) or 0):
+        raise BadInput(
+            f"the tokenizer makes a token {most} of this text, the model has {known} tokens",
+            "are tokenizer and config.json of one checkpoint?",
+        )
 
 
 def modality_mask(input_ids: Tensor, config: Any) -> Tensor:
