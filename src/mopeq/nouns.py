@@ -412,6 +412,8 @@ class PrecisionMap:
     def from_json(cls, body: Any, source: str = "the precision map") -> PrecisionMap:
         """The inverse of `to_json`; BadInput names what is wrong with a map that was edited or damaged."""
         hint = "a map is what `mopeq map --json` prints, or a checkpoint's precision_map.json"
+        if not isinstance(body, dict) or not {"format_version", "formats", "layers", "experts"} <= body.keys():
+            raise BadInput(f"{source} is no precision map", hint)
         try:
             if body["format_version"] != 1:
                 raise BadInput(f"it has format version {body['format_version']}; this mopeq reads 1", "upgrade mopeq")

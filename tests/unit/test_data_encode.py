@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopeq.data.calibration import asked_rows, front, text_rows
-from mopeq.data.encode import _ids as ids_of
 from mopeq.data.encode import (
+    TooLong,
     batches,
     encode,
     encode_prompt,
@@ -23,6 +24,7 @@ from mopeq.data.encode import (
     modality_mask,
     model_inputs,
 )
+from mopeq.data.encode import _ids as ids_of
 from mopeq.data.encode import windows as cut
 from mopeq.data.processor import load_processor, tokenizer_of
 from mopeq.data.readers import Item
@@ -203,8 +205,26 @@ def test_batches_of_an_evaluation(folder: Path, processor) -> None:
     long = Item(None, [{"role": "user", "content": [{"type": "text", "text": "red " * 900}]}], meta={"source": "c:3"})
     with pytest.raises(BadInput, match="c:3.*512"):
         list(batches([long], processor, config, 64))
-    with pytest.raises(BadInput, match="c:3.*512"):  # calibration shows no more than evaluation does
-        list(asked_rows([long], processor, config))
+    left_out: list[TooLong] = []  # calibration does without it
+    assert len(list(asked_rows([long, question(), long], processor, config, left_out))) == 1
+    assert [("c:3" in problem.line and "512" in problem.line) for problem in left_out] == [True, True]
+
+
+def test_conversations_too_long_to_calibrate_with_are_told(folder: Path, tmp_path: Path) -> None:
+    """Left out beside others; refused where nothing is left."""
+    from mopeq.data.calibration import calibrate_with
+    from mopeq.models import load_config
+
+    chats = ["red " * 900, "red", "blue " * 900, "blue"]
+    rows = [json.dumps({"messages": [{"role": "user", "content": chat}]}) for chat in chats]
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    made = calibrate_with(folder, load_config(folder), [tmp_path / "chats.jsonl"], 64, 0)
+    assert len(made.batches) and any(
+        "2 conversations left out" in note and "512 positions" in note for note in made.notes
+    )
+    (tmp_path / "chats.jsonl").write_text(rows[0])
+    with pytest.raises(BadInput, match="512 positions"):
+        calibrate_with(folder, load_config(folder), [tmp_path / "chats.jsonl"], 64, 0)
 
 
 def test_a_corpus_in_one_line_is_tokenized_as_far_as_it_is_shown(folder: Path, processor, monkeypatch) -> None:

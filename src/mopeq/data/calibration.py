@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.encode import Batch, asked, max_positions, one_row, windows
+from mopeq.data.encode import Batch, TooLong, asked, max_positions, one_row, windows
 from mopeq.data.joining import joined
 from mopeq.data.processor import load_processor, reads_pictures, tokenizer_of
 from mopeq.data.readers import Item, builtin, read
@@ -81,11 +81,16 @@ def calibrate_with(
     order.shuffle(asked)
     for_text = tokens if not asked else (0 if not texts else tokens // 2)
     last = LONGEST_TOKEN * ((1 + judging) * for_text + trying)  # a corpus in one line is not tokenized for nothing
+    too_long: list[TooLong] = []
     shares: list[Share] = [
         share(text_rows(texts, processor, config, for_text, last), for_text, text_batches, judging, trying, tokens),
-        share(asked_rows(asked, processor, config), tokens - for_text, joined, judging, trying, tokens),
+        share(asked_rows(asked, processor, config, too_long), tokens - for_text, joined, judging, trying, tokens),
     ]
     shown, judges, tries = (tuple(interleaved(*kinds)) for kinds in zip(*shares, strict=True))
+    if too_long:
+        if not shown:
+            raise too_long[0]
+        notes.append(f"{len(too_long)} conversations left out, longer than the model allows, first {too_long[0].line}")
     if not shown:
         raise BadInput("the calibration data holds no tokens", "give a --calib file with text or questions")
     if (given := count(shown)) < 0.9 * tokens:
@@ -157,9 +162,13 @@ def text_batches(rows: list[Batch]) -> Iterator[Batch]:
             yield {key: torch.cat([row[key] for row in alike[at : at + ROWS]]) for key in alike[0]}
 
 
-def asked_rows(items: list[Item], processor: Any, config: Any) -> Iterator[Batch]:
-    """Conversations with their answers, one a row."""
-    return (asked(item, processor, config) for item in items)
+def asked_rows(items: list[Item], processor: Any, config: Any, too_long: list[TooLong]) -> Iterator[Batch]:
+    """Conversations with their answers, one a row; those longer than the model has positions are put down instead."""
+    for item in items:
+        try:
+            yield asked(item, processor, config)
+        except TooLong as problem:
+            too_long.append(problem)
 
 
 def digest(batches: Sequence[Batch]) -> str:

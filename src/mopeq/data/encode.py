@@ -199,13 +199,17 @@ def batches(items: Sequence[Item], processor: Any, config: Any, window: int) -> 
         yield asked(item, processor, config)
 
 
+class TooLong(BadInput):
+    """A conversation that the model has too few positions for."""
+
+
 def asked(item: Item, processor: Any, config: Any) -> Batch:
-    """A conversation with its answer, and `image_mask` [1, T] bool where it shows pictures. BadInput if it is longer
+    """A conversation with its answer, and `image_mask` [1, T] bool where it shows pictures. TooLong if it is longer
     than the model has positions."""
     batch = encode(item, processor)
     length, most = batch["input_ids"].shape[1], max_positions(config)
     if most and length > most:
-        raise BadInput(f"{item.source}: {length} tokens, the model has {most} positions", "shorten it")
+        raise TooLong(f"{item.source}: {length} tokens, the model has {most} positions", "shorten it")
     if not item.images:  # a picture's may stand outside the vocabulary
         check_ids(batch["input_ids"], config)
     return batch | {"image_mask": image_positions(batch, config)} if item.images else batch
