@@ -138,7 +138,7 @@ def index_json(shards: list[list[OutputTensor]]) -> dict[str, Any]:
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
