@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mopeq.families.standard import TOP_K_KEYS, expert_counts
+from mopeq.families.standard import TOP_K_KEYS, config_counts
 from mopeq.nouns import Format, MoELayer, MoESpec, PackedTensor
 from mopeq.plan import other_outputs
 from mopeq.quant import QUANTIZERS, moment_bytes
@@ -96,7 +96,7 @@ def graph_bytes(spec: MoESpec, layer: MoELayer, options: Options) -> int:
     if not (options.senses and SENSORS[options.sensitivity].needs_gradients):
         return 0
     inner, width = layer.shapes["up"]
-    chosen = next((k for _, k in expert_counts(spec.config, TOP_K_KEYS) if k > 0), MANY)
+    chosen = next((k for _, k in config_counts(spec.config, TOP_K_KEYS) if k > 0), MANY)
     routed = chosen * (ROUTED[0] * width + ROUTED[1] * inner)
     return 4 * min(options.calib_tokens, SHOWN) * (routed + UNROUTED * width)
 
@@ -116,8 +116,9 @@ def whole_bytes(spec: MoESpec, options: Options) -> int:
 def loaded_bytes(spec: MoESpec, expert_bytes: int, other: Format | None) -> int:
     """A finished checkpoint loaded to be compared: what is packed as it is stored, all else in float32; what lies
     outside the experts comes from mapped files."""
-    others = [(t.nbytes, t.nbytes if t.dtype == "U8" else 4 * math.prod(t.shape)) for t in other_outputs(spec, other)]
-    return PROCESS + PASSING + expert_bytes + sum(mapped + held for mapped, held in others)
+    outputs = other_outputs(spec, other)
+    others = sum(t.nbytes + (t.nbytes if t.dtype == "U8" else 4 * math.prod(t.shape)) for t in outputs)
+    return PROCESS + PASSING + expert_bytes + others
 
 
 def layer_bytes(spec: MoESpec, options: Options, walked: bool = True) -> int:

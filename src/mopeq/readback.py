@@ -78,9 +78,9 @@ def check_model(source: Path, spec: MoESpec, other: Format | None) -> tuple[str,
 
 def refuse_unfit_choice(spec: MoESpec, config: Any) -> None:
     """BadInput where the experts a token is sent to are left to a default that is more than there are."""
-    text = config.get_text_config()
+    text, most = config.get_text_config(), max(layer.experts for layer in spec.layers)
     for key in TOP_K_KEYS:
-        count, most = getattr(text, key, None), max(layer.experts for layer in spec.layers)
+        count = getattr(text, key, None)
         if isinstance(count, int) and count > most:
             raise BadInput(
                 f"config.json does not say {key}, {count} where it is left out, and a layer has {most} experts",

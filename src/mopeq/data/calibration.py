@@ -87,12 +87,13 @@ def calibrate_with(
         share(asked_rows(asked, processor, config, too_long), tokens - for_text, joined, judging, trying, tokens),
     ]
     shown, judges, tries = (tuple(interleaved(*kinds)) for kinds in zip(*shares, strict=True))
-    if too_long:
-        if not shown:
-            raise too_long[0]
-        notes.append(f"{len(too_long)} conversations left out, longer than the model allows, first {too_long[0].line}")
+    if not shown and too_long:
+        raise too_long[0]
     if not shown:
         raise BadInput("the calibration data holds no tokens", "give a --calib file with text or questions")
+    if too_long:
+        what = "1 conversation" if len(too_long) == 1 else f"{len(too_long)} conversations"
+        notes.append(f"{what} left out, longer than the model allows, first {too_long[0].line}")
     if (given := count(shown)) < 0.9 * tokens:
         notes.append(f"the calibration data gave {given} tokens where {tokens} were asked for")
     fitted = {id(batch) for batch in shown}

@@ -64,7 +64,7 @@ def find_family(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     for name in (*names, *(n.removesuffix("_text") for n in names)):
         if name in FAMILIES:
             return name, FAMILIES[name]
-    counts = any(count > 1 for _, count in expert_counts(config))
+    counts = any(count > 1 for _, count in config_counts(config))
     if not counts and not any("expert" in name for name in tensors):
         raise BadInput(
             f"{model_type} is a dense model: no tensor of it belongs to a routed expert",
@@ -233,7 +233,7 @@ def stacked_layer(
 
 def flat_shape(tensor: TensorInfo, config: Mapping[str, Any]) -> tuple[int, int, int]:
     """(experts, rows, columns) of a matrix in which a layer's experts follow one another; the config counts them."""
-    experts = next((count for _, count in expert_counts(config)), 0)
+    experts = next((count for _, count in config_counts(config)), 0)
     if not experts or tensor.shape[0] % experts:
         raise BadInput(
             f"{tensor.name}: {tensor.shape[0]} rows do not make {experts} experts",
@@ -284,7 +284,7 @@ def numbered(prefixes: Mapping[str, Any]) -> list[tuple[int, str]]:
 def check_layer_count(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """BadInput where the config promises far more layers than there are tensors: transformers lists and builds them all
     before it looks at the weights, for hours and without end to the memory."""
-    for key, count in expert_counts(config, LAYER_COUNT_KEYS):
+    for key, count in config_counts(config, LAYER_COUNT_KEYS):
         if count > max(len(tensors), MANY_LAYERS):
             raise BadInput(
                 f"config.json says {key} = {count}, and there are {len(tensors)} tensors",
@@ -294,13 +294,13 @@ def check_layer_count(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 
 def check_expert_count(config: Mapping[str, Any], layers: tuple[MoELayer, ...]) -> None:
     """BadInput where the config promises another number of experts than every layer has."""
-    for key, count in expert_counts(config):
+    for key, count in config_counts(config):
         if all(layer.experts != count for layer in layers):
             raise BadInput(
                 f"config.json says {key} = {count}, the tensors hold {layers[0].experts} experts a layer",
                 "config and weights belong to different checkpoints, or a shard is missing",
             )
-    for key, count in expert_counts(config, TOP_K_KEYS):
+    for key, count in config_counts(config, TOP_K_KEYS):
         if not 0 < count <= max(layer.experts for layer in layers):
             raise BadInput(
                 f"config.json says {key} = {count}, a layer has {layers[0].experts} experts to choose from",
@@ -308,8 +308,8 @@ def check_expert_count(config: Mapping[str, Any], layers: tuple[MoELayer, ...]) 
             )
 
 
-def expert_counts(config: Mapping[str, Any], keys: tuple[str, ...] = EXPERT_COUNT_KEYS) -> list[tuple[str, int]]:
-    """(key, number) wherever the config, or a config within it, counts experts."""
+def config_counts(config: Mapping[str, Any], keys: tuple[str, ...] = EXPERT_COUNT_KEYS) -> list[tuple[str, int]]:
+    """(key, number) wherever the config, or a config within it, counts what the keys name: experts."""
     scopes = (config, *(v for v in config.values() if isinstance(v, dict)))
     return [(key, scope[key]) for scope in scopes for key in keys if type(scope.get(key)) is int]
 

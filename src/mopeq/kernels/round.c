@@ -198,24 +198,21 @@ INLINE uint32_t largest(const void *w, int kind, int64_t count) {
     return most;
 }
 
-/* The sum of w^2: products of floats are exact in double. */
+/* A weight's square, which is exact in double. */
+INLINE double square(const void *w, int kind, int64_t j) {
+    const uint32_t bits = wide(w, kind, j);
+    float x;
+    memcpy(&x, &bits, 4);
+    return (double)x * (double)x;
+}
+
+/* The sum of w^2. */
 INLINE double squares(const void *w, int kind, int64_t count) {
     double sums[LANES] = {0};
     int64_t j = 0;
-    for (; j + LANES <= count; j += LANES) {
-        for (int k = 0; k < LANES; k++) {
-            const uint32_t bits = wide(w, kind, j + k);
-            float x;
-            memcpy(&x, &bits, 4);
-            sums[k] += (double)x * (double)x;
-        }
-    }
-    for (int k = 0; j < count; j++, k++) {
-        const uint32_t bits = wide(w, kind, j);
-        float x;
-        memcpy(&x, &bits, 4);
-        sums[k] += (double)x * (double)x;
-    }
+    for (; j + LANES <= count; j += LANES)
+        for (int k = 0; k < LANES; k++) sums[k] += square(w, kind, j + k);
+    for (int k = 0; j < count; j++, k++) sums[k] += square(w, kind, j);
     for (int half = LANES / 2; half; half /= 2)
         for (int k = 0; k < half; k++) sums[k] += sums[k + half];
     return sums[0];
