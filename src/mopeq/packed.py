@@ -143,6 +143,15 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digests(paths: Iterable[Path]) -> Iterator[str]:
+    """sha256 of each file in turn, several hashed at once: hashing leaves Python to others."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield from pool.map(sha256_of, paths)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def sealed_files(folder: Path) -> Iterator[Path]:
     """What a manifest covers: every visible file of the folder but itself."""
     for path in sorted(folder.rglob("*")):
@@ -159,11 +168,9 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     """Seal the folder: from now on it loads. `names`: the files to list, all of them by default."""
     paths = sealed_files(folder) if names is None else [folder / name for name in sorted(names)]
     paths = list(paths)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves Python to others
-        digests = list(pool.map(sha256_of, paths))
     files = [
         {"name": str(path.relative_to(folder)), "size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, digests, strict=True)
+        for path, digest in zip(paths, digests(paths), strict=True)
     ]
     write_atomic(folder / MANIFEST, json_bytes({"format_version": FORMAT_VERSION, "files": files}))
 

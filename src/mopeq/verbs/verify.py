@@ -10,7 +10,7 @@ import numpy as np
 from mopeq.checkpoint import read_header, read_json, shard_files
 from mopeq.errors import MopeqError
 from mopeq.nouns import PROJECTIONS, LinearId, TensorInfo
-from mopeq.packed import check_experts, check_sizes, read_manifest, read_map, sealed_files, sha256_of
+from mopeq.packed import check_experts, check_sizes, digests, read_manifest, read_map, sealed_files
 from mopeq.progress import progress
 
 HINT = "copy or make the checkpoint again"
@@ -22,8 +22,8 @@ def verify(out: str | Path) -> dict[str, Any]:
     check_sizes(out)
     rows = read_manifest(out)
     with progress("verify", sum(row["size"] for row in rows), "bytes") as p:
-        for row in rows:
-            if sha256_of(out / row["name"]) != row.get("sha256"):
+        for row, found in zip(rows, digests(out / row["name"] for row in rows), strict=True):
+            if found != row.get("sha256"):
                 raise MopeqError(f"{row['name']} is not what was written: its sha256 differs", HINT)
             p.step(row["size"])
     listed = {row["name"] for row in rows}
