@@ -63,6 +63,13 @@ def check_cases() -> list[tuple[str, Shape, tuple[int, ...], int, str, str]]:
     cases.append(("prompt 1280x896", Shape(1280, 896, 8, 6), (2, 3, 4), 64, "bf16", "333"))
     cases.append(("prompt 2048x768", Shape(2048, 768, 16, 8), (2, 3, 4), 64, "bf16", "300"))
     cases.append(("prompt clamped", Shape(496, 232, 8, 2, True), (2, 3, 4, 8), 32, "bf16", "2000"))
+    for each in (15, 50, 120):  # pairs an expert, cut otherwise than those above
+        small, odd, wide = Shape(256, 112, 8, 3), Shape(496, 232, 8, 2, True), Shape(512, 256, 8, 2)
+        cases.append((f"{each} an expert", small, (2, 3, 4), 64, "bf16", str(each * 8 // 3)))
+        cases.append((f"{each} an expert, 6 bits", small, (6,), 32, "bf16", str(each * 8 // 3)))
+        cases.append((f"{each} an expert, odd", odd, (2, 3, 4, 8), 32, "bf16", str(each * 4)))
+        cases.append((f"{each} an expert, fp16", wide, (3, 8), 128, "fp16", str(each * 4)))
+    cases.append(("16 an expert, 2048x768", Shape(2048, 768, 16, 8), (2, 3, 4), 64, "bf16", "32"))
     return cases
 
 
@@ -106,7 +113,7 @@ def check(part: int, parts: int) -> int:
 def linear_cases() -> list[tuple[int, int, int, int, str, int]]:
     """(bits, group, out, in, dtype, tokens) of matrices that stand alone."""
     cases = [(bits, group, 424, 1000, "bf16", 5) for bits in (2, 3, 4, 6, 8) for group in (32, 64, 128)]
-    for tokens in (0, 1, 8, 9, 64, 65, 300, 700):
+    for tokens in (0, 1, 8, 9, 64, 65, 300, 700, 3300):
         cases += [(4, 64, 576, 2560, "bf16", tokens), (8, 64, 2048, 512, "fp16", tokens)]
         cases += [(4, 32, 40, 104, "bf16", tokens)]
     return cases

@@ -152,7 +152,7 @@ class Followed:
         self.names, self.layer, self.calls = real.arg_names, layer, 0
 
     def __getitem__(self, grid: tuple[int, int]) -> Any:
-        def call(*args: Any, num_warps: int, **kwargs: Any) -> None:
+        def call(*args: Any, num_warps: int, maxnreg: int = 255, **kwargs: Any) -> None:
             given = dict(zip(self.names, args, strict=False)) | kwargs
             assert len(given) == len(args) + len(kwargs) and set(given) == set(self.names)
             tiles = given["tile_expert"].tolist()
@@ -172,15 +172,16 @@ class Followed:
         given["h"].view(-1, given["N"])[chosen] = done.to(given["h"].dtype)
 
 
-def test_what_the_prompt_kernels_are_given(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("tokens", [40, 90, 250, 400])  # one number for each cut
+def test_what_the_prompt_kernels_are_given(tokens: int, monkeypatch: Any) -> None:
     pytest.importorskip("triton.experimental.gluon")
     from mopeq.kernels import hopper_kernels
 
     shape = Shape(64, 32, 4, 2)
     layer = random_experts(shape, (2, 3, 4), seed=3)
-    index, weight = random_routing(shape, 150, 3)
+    index, weight = random_routing(shape, tokens, 3)
     index[::9, 0] = -1
-    x = torch.randn(150, 64, generator=torch.Generator().manual_seed(3)).half()
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(3)).half()
     wanted = layer(x.double(), index, weight.double())
     followed = Followed(hopper_kernels.many, layer)
     monkeypatch.setattr(hopper_kernels, "many", followed)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mopeq.kernels.triton import Layer
 
 
-MOST_OF_8 = 6  # pairs an expert, on average, up to which a tile has 8
+MOST_OF_8 = 8  # pairs an expert, on average, up to which a tile has 8
 MOST_EACH = 12  # pairs an expert, on average, up to which this kernel is used
 SPARSE = 4  # pairs an expert, on average, up to which a tile's places without a pair are left out (measured so far)
 SCAN = 64  # pairs, up to which each program finds those of its tile itself; above, they are sorted first
@@ -44,7 +44,7 @@ def cut(pairs: int, experts: int, shapes: dict[str, tuple[int, int]]) -> Cut:
     scan = max(8, 1 << (pairs - 1).bit_length()) if scanned else 0
     sparse = pairs <= SPARSE * experts
     if pairs > MOST_OF_8 * experts:
-        return Cut(scan, 16, (1, 1), (1, 1), 2, 168, sparse)
+        return Cut(scan, 16, (2, 2), (1, 1), 2, 168, sparse)
     if pairs > 16:
         return Cut(scan, 8, (2, 2), (1, 1), 2, 128, sparse)
     # few programs, each of few inputs: as many as leave room for those of the next kernel, which wait for them; where

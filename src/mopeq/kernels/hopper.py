@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,16 +19,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a program makes of one product: rows of the matrix, pairs at most; its warps, and pipeline stages."""
+    """What a program makes of one product, and how."""
 
-    rows: int
-    pairs: int
+    rows: int  # of the matrix
+    pairs: int  # at most
     warps: int
-    stages: int
+    stages: int  # of the pipeline
+    inputs: int = 64  # of a stage, at most
+    registers: int | None = None  # a thread may take; None: all that there are
+    sparse: bool = False  # whether nothing is read for a tile's places without a pair
 
 
-UPPER, LOWER = Cut(128, 256, 8, 4), Cut(128, 128, 4, 4)  # as measured on an H200
-TILE = 256  # pairs of an entry of the tile table
+SMALL, MIDDLE = Cut(128, 32, 8, 4, 128, 128, True), Cut(128, 64, 8, 3, 128, 128, True)  # two a multiprocessor
+CUTS = [  # pairs an expert, on average, up to which; pairs of an entry of the tile table; gate and up; down
+    (24, 32, SMALL, SMALL),
+    (80, 64, MIDDLE, MIDDLE),
+    (160, 128, Cut(128, 128, 8, 3, 128, None, True), Cut(128, 128, 4, 4, 64, None, True)),
+    (math.inf, 256, Cut(128, 256, 8, 4), Cut(128, 128, 4, 4)),
+]  # as measured on an H200
+ALONE, ROOM = Cut(64, 64, 4, 3, 128, 168, True), 396  # for a lone matrix, if so many programs do, which run at a time
 TRITON = (3, 6), (3, 9)  # first and last version known to compile them; 3.6 is the one they were measured on
 MOST = 2**31  # numbers in a tensor; the kernels reckon in 32 bits
 
@@ -62,13 +72,18 @@ def suits(experts: Any, layer: Layer, x: Tensor, pairs: int) -> bool:
     return layer.gate.act > 0 and available(x.device) and fits(sizes, max(pairs, len(x)), x)
 
 
-def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs: int, gating: dict[str, Any],
-             biases: tuple[Tensor | None, Tensor | None]) -> Tensor:  # fmt: skip
-    """down(act(gate x) * (up x)) for each pair, without down's bias: [1, P, H]. `gating`: what the kernels are told
-    about the gate, and whether they start early."""
+def cuts(each: float) -> tuple[int, Cut, Cut]:
+    """(pairs of an entry of the tile table; how gate and up are cut; down) for so many pairs an expert, on average."""
+    return next(row[1:] for row in CUTS if each <= row[0])
+
+
+def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], cut: tuple[int, Cut, Cut], pairs: int,
+             gating: dict[str, Any], biases: tuple[Tensor | None, Tensor | None]) -> Tensor:  # fmt: skip
+    """down(act(gate x) * (up x)) for each pair, without down's bias: [1, P, H]. `cut`: of `cuts`, to whose tiles pairs
+    are `routed`; `gating`: what the kernels are told about the gate, and whether they start early."""
     from mopeq.kernels.hopper_kernels import many
 
-    made = layer.arena
+    made, (tile, upper, lower) = layer.arena, cut
     top, down = made.layouts["up"], made.layouts["down"]
     source = (made.table, made.data.view(torch.int32), made.data, layer.halves)
     h = x.new_empty(pairs, top.out_features)
@@ -76,8 +91,8 @@ def products(experts: Any, layer: Layer, x: Tensor, routed: list[Tensor], pairs:
     shared: dict[str, Any] = {"E": experts.num_experts, **gating}
     of_top = dict(P=0, CHOICES=pairs // len(x), UNIFORM=layer.uniform["up"], WIDTHS=layer.widths["up"])
     of_down = dict(P=len(made.layouts) - 1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
-    launch(UPPER, many, x, h, source, biases, routed, top, **shared, **of_top)
-    launch(LOWER, many, h, y, source, (None, None), routed, down, **shared | PLAIN, **of_down)
+    launch(upper, tile, many, x, h, source, biases, routed, top, **shared, **of_top)
+    launch(lower, tile, many, h, y, source, (None, None), routed, down, **shared | PLAIN, **of_down)
     return y
 
 
@@ -88,22 +103,25 @@ def linear(layer: Layer, x: Tensor, y: Tensor) -> None:
     """y [T, N] = x [T, K] times the transpose of a layer's only matrix."""
     from mopeq.kernels.hopper_kernels import many
 
-    made = layer.arena
+    made, (_, tile, cut, _) = layer.arena, CUTS[-1]
+    if -(-len(x) // ALONE.pairs) * -(-y.shape[1] // ALONE.rows) <= ROOM:
+        tile, cut = ALONE.pairs, ALONE
     source = (made.table, made.data.view(torch.int32), made.data, layer.halves)
     of_it = dict(P=0, E=1, CHOICES=1, UNIFORM=layer.uniform["down"], WIDTHS=layer.widths["down"])
-    launch(UPPER, many, x, y, source, (None, None), None, made.layouts["down"], EARLY=False, **PLAIN, **of_it)
+    launch(cut, tile, many, x, y, source, (None, None), None, made.layouts["down"], EARLY=False, **PLAIN, **of_it)
 
 
-def launch(cut: Cut, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any, routed: list[Tensor] | None,
-           lay: Layout, **rest: Any) -> None:  # fmt: skip
+def launch(cut: Cut, tile: int, many: Any, x: Tensor, y: Tensor, source: Any, biases: Any,
+           routed: list[Tensor] | None, lay: Layout, **rest: Any) -> None:  # fmt: skip
     """y[pair] from x by the matrices that lie as `lay` says; `routed` None: each row of x by the only one."""
-    tiles = -(-len(x) // TILE) if routed is None else len(routed[1])
-    grid = (-(-lay.out_features // cut.rows), tiles * (TILE // cut.pairs))
+    tiles = -(-len(x) // tile) if routed is None else len(routed[1])
+    grid = (-(-lay.out_features // cut.rows), tiles * (tile // cut.pairs))
     tables: list[Any] = [None] * 4 if routed is None else routed
     # a gate waits in shared memory beside what is copied, of which words with a wide second plane leave less
-    stages = cut.stages - (rest["GATED"] and rest["WIDTHS"] >= 1 << 5)
+    stages = cut.stages - (cut.pairs == 256 and rest["GATED"] and rest["WIDTHS"] >= 1 << 5)
+    capped = {} if cut.registers is None else {"maxnreg": cut.registers}
     many[grid](
         x, y, *source, *biases, *tables, len(x), LONE=routed is None, N=lay.out_features,
-        K=lay.in_features, W=lay.words, GROUP=lay.group, TILE=TILE, BN=cut.rows, BM=cut.pairs, STAGES=stages,
-        num_warps=cut.warps, **rest,
+        K=lay.in_features, W=lay.words, GROUP=lay.group, TILE=tile, BN=cut.rows, BM=cut.pairs, STAGES=stages,
+        SPARSE=cut.sparse, DEPTH=cut.inputs, num_warps=cut.warps, **capped, **rest,
     )  # fmt: skip

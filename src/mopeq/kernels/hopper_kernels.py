@@ -9,6 +9,7 @@ What Triton leaves to chance is written out here, in Gluon: the weights of a slo
 
 from __future__ import annotations
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -17,9 +18,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mopeq.kernels.triton_kernels import SILU, activated, left_at, unpack_asm
 
+NOBODY = gl.constexpr(-(2**30))  # where activations lie for a tile's place without a pair
+MOST = gl.constexpr(2**31 - 1)
+
 # Triton 3.6 has other names for them than later versions
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 async_load = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+
+
+@triton.constexpr_function
+def inputs_of(bits, words, most):
+    """The inputs of a stage: those of a tile, but `most` at most."""
+    return min(most, (8 if bits <= 3 else 4) * words)
 
 
 @gluon.jit
@@ -33,13 +43,17 @@ def copy(to, at, there, MASKED: gl.constexpr):
 @gluon.jit
 def fetch(i, first, second, scales, zeros, x, x_at, x_k, xs, ws, us, ss, zs, w_at, w_there, u_at, u_there, s_at, z_at,
           s_k, z_k, group, BITS: gl.constexpr, NP: gl.constexpr, K: gl.constexpr, W: gl.constexpr, R: gl.constexpr,
-          BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr):  # fmt: skip
+          BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+          SPARSE: gl.constexpr):  # fmt: skip
     """Begin copying stage i: BK inputs of the activations, and what there is of a tile where one begins."""
     WHOLE: gl.constexpr = (K + R * BK - 1) // (R * BK) * R * BK
     FULL: gl.constexpr = NP % BN == 0
     if i < WHOLE // BK:
         k = i * BK
-        copy(xs.index(i % STAGES), x + (x_at + k), x_k + k < K, WHOLE != K)  # beyond K: zeros
+        there = x_at >= 0
+        if WHOLE != K:
+            there = there & (x_k + k < K)
+        copy(xs.index(i % STAGES), x + (x_at + k), there, SPARSE or WHOLE != K)  # zeros where there is nothing
         if i % R == 0:
             t = i // R
             to = t % RING
@@ -104,13 +118,12 @@ def less_of(zero, BITS: gl.constexpr, SLOT: gl.constexpr, RUN: gl.constexpr, DTY
 @gluon.jit
 def product_of(place, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
                W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
-               STAGES: gl.constexpr, MMA: gl.constexpr, XL: gl.constexpr):  # fmt: skip
+               STAGES: gl.constexpr, SPARSE: gl.constexpr, BK: gl.constexpr, MMA: gl.constexpr):  # fmt: skip
     """Rows n0 … of one matrix times activations [BM, K]: float32 [BN, BM]."""
     DTYPE: gl.constexpr = x.dtype.element_ty
     NW: gl.constexpr = gl.num_warps()
     NP: gl.constexpr = (N + 15) // 16 * 16
     S: gl.constexpr = 8 if BITS <= 3 else 4
-    BK: gl.constexpr = 64
     Q: gl.constexpr = BK // W
     R: gl.constexpr = S * W // BK
     TILES: gl.constexpr = (K + S * W - 1) // (S * W)
@@ -125,6 +138,7 @@ def product_of(place, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N:
     ROWS: gl.constexpr = gl.SliceLayout(1, PAIRS)
     H: gl.constexpr = W // 2
     U: gl.constexpr = W // 4 if PLANE else H
+    XL: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [NW, 1], [1, 0])
     WL: gl.constexpr = gl.BlockedLayout([1, 4], [256 // W, W // 8], [NW, 1], [1, 0])
     UL: gl.constexpr = gl.BlockedLayout([1, 4], [128 // U, U // 4], [NW, 1], [1, 0])
     SL: gl.constexpr = gl.BlockedLayout([8], [32], [NW], [0])
@@ -148,8 +162,8 @@ def product_of(place, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N:
     if UNIFORM:
         group = GROUP
     x_k = gl.arange(0, BK, layout=gl.SliceLayout(0, XL))[None, :]
-    x_at = x_row[:, None] + x_k
-    x_k = x_k + x_row[:, None] * 0
+    x_at = gl.convert_layout(x_row, gl.SliceLayout(1, XL))[:, None] + x_k
+    x_k = x_k + gl.zeros([BM, BK], gl.int32, XL)
     rows = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, WL))
     w_at = rows[:, None] * H + gl.arange(0, H, layout=gl.SliceLayout(0, WL))[None, :]
     w_there = w_at < NP * H
@@ -164,7 +178,7 @@ def product_of(place, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N:
     z_at = n0 + z_at % BN
     for early in gl.static_range(AHEAD):
         fetch(early, first, second, scales, zeros, x, x_at, x_k, xs, ws, us, ss, zs, w_at, w_there, u_at, u_there, s_at,
-              z_at, s_k, z_k, group, BITS, NP, K, W, R, BN, BK, STAGES, RING)  # fmt: skip
+              z_at, s_k, z_k, group, BITS, NP, K, W, R, BN, BK, STAGES, RING, SPARSE)  # fmt: skip
     acc = gl.zeros([BN, BM], gl.float32, MMA)
     # from 0, told so late that a loop of one tile stays a loop: Triton 3.6 cannot compile what is left of it else
     for t in range(gl.program_id(2), TILES):
@@ -192,7 +206,7 @@ def product_of(place, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N:
                 if q == Q - 1:  # the stage that this overwrites has been multiplied, two products are on their way
                     fetch(i + AHEAD, first, second, scales, zeros, x, x_at, x_k, xs, ws, us, ss, zs, w_at, w_there,
                           u_at, u_there, s_at, z_at, s_k, z_k, group, BITS, NP, K, W, R, BN, BK, STAGES,
-                          RING)  # fmt: skip
+                          RING, SPARSE)  # fmt: skip
                 acc = warpgroup_mma_wait(1, deps=[acc])
     acc = warpgroup_mma_wait(0, deps=[acc])
     async_copy.wait_group(0)
@@ -203,7 +217,8 @@ def product_of(place, words, bytes, halves, n0, x, x_row, BITS: gl.constexpr, N:
 @gluon.jit
 def one(e, p, table, words, bytes, halves, n0, x, x_row, E: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
         W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr,
-        WIDTHS: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr, XL: gl.constexpr):  # fmt: skip
+        WIDTHS: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, DEPTH: gl.constexpr,
+        MMA: gl.constexpr):  # fmt: skip
     """Rows n0 … of expert e's matrix number p times the activations: [BN, BM], float32."""
     place = table + (p * E + e) * 6
     bits = gl.load(place + 4)
@@ -212,7 +227,8 @@ def one(e, p, table, words, bytes, halves, n0, x, x_row, E: gl.constexpr, N: gl.
         if (WIDTHS >> B) & 1:  # noqa: SIM102
             if bits == B:  # not known when this is compiled: no `and`
                 acc = product_of(place, words, bytes, halves, n0, x, x_row, B, N, K, W, GROUP, UNIFORM, BN, BM,
-                                 STAGES, MMA, XL)  # fmt: skip
+                                 STAGES * DEPTH // inputs_of(B, W, DEPTH), SPARSE, inputs_of(B, W, DEPTH),
+                                 MMA)  # fmt: skip
     return acc
 
 
@@ -237,7 +253,8 @@ def tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_u
          LONE: gl.constexpr, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr,
          K: gl.constexpr, W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr,
          ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr,
-         BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+         BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
+         DEPTH: gl.constexpr):  # fmt: skip
     """One tile of h[pair]: act(gate x) * (up x) by matrices P, P + 1; ACT == 0: matrix P of x, without bias."""
     NW: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, BM, 16])
@@ -248,6 +265,8 @@ def tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_u
         x_row = gl.where(i < end, i, 0) * K  # rows that are not there: the first
     else:
         x_row = gl.load(sorted_pairs + i, mask=i < end, other=0) // CHOICES * K
+    if SPARSE:
+        x_row = gl.where(i < end, x_row, NOBODY)
     SIDES: gl.constexpr = 2 if ACT > 0 and GATED else 1
     if SIDES == 2:
         turned = gl.allocate_shared_memory(h.dtype.element_ty, [BM, BN], gl.NVMMASharedLayout(128, 16, 2))
@@ -257,7 +276,7 @@ def tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_u
             if side == 1:  # not known when this is compiled: no `and`
                 turned.permute((1, 0)).store(y.to(h.dtype.element_ty))
         y = one(e, P + side, table, words, bytes, halves, n0, x, x_row, E, N, K, W, GROUP, UNIFORM, BN, BM,
-                WIDTHS, STAGES, MMA, XL)  # fmt: skip
+                WIDTHS, STAGES, SPARSE, DEPTH, MMA)  # fmt: skip
     if ACT > 0:
         gate = y
         if GATED:
@@ -286,10 +305,11 @@ def many(x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, ti
          rows, LONE: gl.constexpr, P: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, N: gl.constexpr,
          K: gl.constexpr, W: gl.constexpr, GROUP: gl.constexpr, UNIFORM: gl.constexpr, GATED: gl.constexpr,
          ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr,
-         TILE: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-         EARLY: gl.constexpr):  # fmt: skip
+         TILE: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
+         DEPTH: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """BM pairs of a tile of TILE times BN rows; where fewer are left, a half, a quarter or (of 256) an eighth of them.
 
+    A stage is of at most DEPTH inputs; SPARSE: nothing is read for a tile's places without a pair.
     LONE: there is one matrix, and a pair is one of the `rows` of x.
     """
     if EARLY:
@@ -305,21 +325,13 @@ def many(x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, ti
         start = gl.load(tile_start + t)
         end = gl.load(tile_end + t)
     start += gl.program_id(1) % (TILE // BM) * BM
+    left = end - start
+    LEAST: gl.constexpr = max(8, min(32, BM // 4))
     if e >= 0:
-        if end - start > BM // 2:
-            tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
-                 CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM,
-                 STAGES)  # fmt: skip
-        elif end - start > BM // 4:
-            tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
-                 CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM // 2,
-                 STAGES)  # fmt: skip
-        elif end - start > (BM // 8 if BM == 256 else 0):
-            tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
-                 CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM // 4,
-                 STAGES)  # fmt: skip
-        elif end > start:  # noqa: SIM102
-            if BM == 256:  # known when this is compiled: no `and`
-                tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs, LONE, P,
-                     CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN, BM // 8,
-                     STAGES)  # fmt: skip
+        for s in gl.static_range(4):
+            if BM >> s >= LEAST:  # noqa: SIM102
+                if left > (BM >> s + 1 if BM >> s > LEAST else 0):  # noqa: SIM102
+                    if left <= (BM >> s if s > 0 else MOST):  # not known when this is compiled: no `and`
+                        tile(e, start, end, n0, x, h, table, words, bytes, halves, bias_gate, bias_up, sorted_pairs,
+                             LONE, P, CHOICES, E, N, K, W, GROUP, UNIFORM, GATED, ACT, ALPHA, LIMIT, BIAS, WIDTHS, BN,
+                             BM >> s, STAGES, SPARSE, DEPTH)  # fmt: skip

@@ -26,7 +26,7 @@ from mopeq.seam import activate
 SCAN_PAIRS = 64  # up to here each program finds its tile's pairs itself; above, they are sorted first
 SORTED = 128  # pairs that a program sorts
 FEW = 64  # tokens up to which a lone matrix is multiplied as experts are
-MANY = 48  # pairs an expert, on average, from which tiles are large
+MANY = 48  # pairs an expert, on average, from which plain Triton's tiles are large
 
 
 def interpreted() -> bool:
@@ -179,7 +179,7 @@ def experts_forward(experts: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Ten
     x, ids, weight = x_TH.contiguous(), index_TK.contiguous(), weight_TK.contiguous()
     bias = experts.bias_of("down")
     with on(x):
-        prompt = pairs / count >= MANY and hopper.suits(experts, layer, x, pairs)
+        prompt = pairs > few.MOST_EACH * count and hopper.suits(experts, layer, x, pairs)
         y = many_pairs(experts, layer, x, ids) if prompt else few_pairs(experts, layer, x, ids)
         has_bias = bias is not None
         if experts.has_post_expert_norm:
@@ -260,9 +260,10 @@ def gating(experts: Any, gate: Gate) -> dict[str, Any]:
 def many_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
     """`few_pairs` for prompts, by the kernels of `hopper`: [1, pairs, H]."""
     biases = experts.bias_of("gate"), experts.bias_of("up")
-    routed = routing(ids, experts.num_experts, hopper.TILE)
+    cut = hopper.cuts(ids.numel() / experts.num_experts)
+    routed = routing(ids, experts.num_experts, cut[0])
     told = gating(experts, layer.gate) | following(x)
-    return hopper.products(experts, layer, x, routed, ids.numel(), told, biases)
+    return hopper.products(experts, layer, x, routed, cut, ids.numel(), told, biases)
 
 
 def few_pairs(experts: Any, layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
