@@ -6,10 +6,10 @@ import signal
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for what it starts with & ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mopeq import cli
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()
 
 

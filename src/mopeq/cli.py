@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,9 @@ from mopeq.quant import QUANTIZERS
 from mopeq.sense import SENSORS
 from mopeq.tables import Row
 from mopeq.verbs.serve import ENGINES
+
+INTERRUPTED = ("interrupted", "nothing is lost: the same command goes on where this one stopped", 1)
+PATIENCE = 10  # seconds that what is at work has to end
 
 app = typer.Typer(
     add_completion=False,
@@ -356,7 +361,20 @@ def common(
 
 
 def interrupted(*_: Any) -> None:
+    """Ctrl-C or SIGTERM: what is at work is told to end. Asked again, or not obeyed in time, the process ends at once:
+    a signal in the midst of one of Python's own locks can leave it closed for ever, and killing loses nothing."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_at_once)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, end_at_once)
+        signal.alarm(PATIENCE)
     raise KeyboardInterrupt
+
+
+def end_at_once(*_: Any) -> None:
+    with suppress(BaseException):
+        fail(*INTERRUPTED)
+    os._exit(INTERRUPTED[2])
 
 
 def fail(line: str, hint: str, code: int) -> int:
@@ -367,14 +385,21 @@ def fail(line: str, hint: str, code: int) -> int:
 
 def main() -> None:
     """Run the command; every failure is one line and one hint on stderr."""
-    signal.signal(signal.SIGTERM, interrupted)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupted)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of ASCII gets a ? where it lacks a sign
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    sys.exit(run_command(arguments, debug))
+    code = run_command(arguments, debug)
+    for number, handler in before.items():
+        if signal.getsignal(number) is interrupted:
+            signal.signal(number, handler)
+    sys.exit(code)
 
 
 def run_command(arguments: list[str], debug: bool) -> int:
@@ -387,7 +412,7 @@ def run_command(arguments: list[str], debug: bool) -> int:
     except typer.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted", "nothing is lost: the same command goes on where this one stopped", 1)
+        return fail(*INTERRUPTED)
     except MopeqError as error:
         if debug:
             raise

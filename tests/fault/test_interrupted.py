@@ -105,6 +105,29 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     assert digests(out) == undisturbed() and mopeq("verify", out).code == 0
 
 
+def stuck(out: Path) -> Running:
+    """A run told to end by Ctrl-C, which waits for ever for a thread of its own."""
+    running = start(out, pause="mopeq.quant.apart:rounded")
+    assert running.wait_until(running.stem.with_suffix(".paused").exists)
+    running.signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert server().ask({"alive": running.pid})["alive"]
+    return running
+
+
+def test_asked_twice_it_ends_at_once(tmp_path: Path) -> None:
+    running = stuck(tmp_path / "out")
+    running.signal(signal.SIGINT)
+    ended_by(running, signal.SIGINT)
+    assert start(tmp_path / "out").wait().code == 0
+    assert digests(tmp_path / "out") == undisturbed()
+
+
+@pytest.mark.slow
+def test_what_does_not_end_in_time_is_ended(tmp_path: Path) -> None:
+    ended_by(stuck(tmp_path / "out"), signal.SIGINT)
+
+
 def test_finished_work_is_taken_up_again(tmp_path: Path) -> None:
     """Not merely done once more: the layers and the sensitivity that were ready are said to be taken."""
     out = tmp_path / "out"
