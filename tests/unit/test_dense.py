@@ -46,9 +46,24 @@ def test_agrees_with_float64(amx: None, shape: tuple[int, int, int], half: bool)
     for a in (x, turned(x)):
         for b in (w, turned(w)):
             found = sums.clone()
-            dense.add_product(found, a, b)
+            dense.run(a, b, found, add=True)
             assert ((found - sums.double() - true).abs() <= 2**-15 * terms + 1e-6).all()
             assert ((dense.linear(a, b.T) - true).abs() <= 2**-15 * terms + 1e-7).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+@pytest.mark.parametrize("n", [1, 31, 64, 100, 600])
+def test_moments_are_whole_once_mirrored(n: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = fresh((tokens, n), (tokens, 1))
+    for least in (0, 1 << 62):  # by AMX, where it is here, and by torch
+        monkeypatch.setattr(dense, "SMALL", least)
+        sums = torch.eye(n).repeat(2, 1, 1)
+        dense.add_moments(sums[1], x * weight, x)
+        dense.mirror(sums)
+        true = torch.eye(n).double() + (x * weight).double().T @ x.double()
+        terms = 1 + (x * weight).double().abs().T @ x.double().abs()
+        assert torch.equal(sums[0], torch.eye(n)) and torch.equal(sums, sums.mT)
+        assert ((sums[1] - true).abs() <= 2**-15 * terms).all()
 
 
 def test_large_and_small_numbers_keep_their_precision(amx: None) -> None:

@@ -12,6 +12,7 @@ import torch
 from quant_reference import WIDTHS, check_form, feed_back_row, moments, odd_cases, output_errors, weights
 
 from mopeq.errors import BadInput
+from mopeq.kernels import build
 from mopeq.kernels.build import BEST, feedback
 from mopeq.nouns import Format
 from mopeq.quant import compiled, descent, gptq, rtn
@@ -63,7 +64,7 @@ def test_feedback_agrees_with_the_papers_loop(bits: int, scheme: str) -> None:
     fmt = Format(bits, 16, scheme)
     w, m = weights((3, 6, 40), seed=bits), moments(3, 40, seed=bits)
     found = descent.factored(m, 16)
-    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found.mt, found.v, found.order)
+    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found)
     agreed = 0
     for e in range(3):
         for row in range(6):
@@ -82,7 +83,7 @@ def test_each_row_keeps_its_cheapest_candidate() -> None:
     fmt = Format(2, 24)
     w, m = weights((2, 5, 24), seed=1), moments(2, 24, seed=1)
     found = descent.factored(m, 24)
-    level, scale, _ = gptq.feed_back(w.mT.contiguous(), fmt, found.mt, found.v, found.order)
+    level, scale, _ = gptq.feed_back(w.mT.contiguous(), fmt, found)
     s, z = gptq.searched_range(descent.take(w.mT, found.order), found.v, fmt)
     s_EKN, z_EKN = gptq.candidates(s, z, fmt)
     for e in range(2):
@@ -151,7 +152,7 @@ def test_descent_agrees_with_a_plain_loop(bits: int) -> None:
     fmt = Format(bits, 20)
     w, m = weights((3, 8, 50), seed=bits), moments(3, 50, seed=bits)
     found = descent.factored(m, 20)
-    start = gptq.feed_back(w.mT.contiguous(), fmt, found.mt, found.v, found.order)
+    start = gptq.feed_back(w.mT.contiguous(), fmt, found)
     level, scale = descent.descend(w.mT.contiguous(), fmt, found.h, *start, 1)
     same = 0
     for e in range(3):
@@ -234,7 +235,7 @@ def test_a_matrix_is_the_same_alone_in_a_batch_and_in_pieces(monkeypatch: pytest
 def solved(w: torch.Tensor, fmt: Format, m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Dequantized [E, C, out] after feedback and after descent, with the loss [E, out] of the latter in float64."""
     found, n = descent.factored(m, fmt.group_size), w.shape[2]
-    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found.mt, found.v, found.order)
+    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found)
     first = level * spread(scale, fmt.group_size, n)
     level, scale = descent.descend(w.mT.contiguous(), fmt, found.h, level, scale, zero, 2)
     last = level * spread(scale, fmt.group_size, n)
@@ -277,12 +278,74 @@ def test_the_same_bits_by_any_vectors_and_threads() -> None:
                 torch.set_num_threads(1)
                 found = descent.factored(m, 64)  # BLAS's sums do depend on threads
                 torch.set_num_threads(count)
-                start = gptq.feed_back(w.mT.contiguous(), Format(bits, 64), found.mt, found.v, found.order)
+                start = gptq.feed_back(w.mT.contiguous(), Format(bits, 64), found)
                 made.append((*start, *descent.descend(w.mT.contiguous(), Format(bits, 64), found.h, *start, 2)))
         finally:
             torch.set_num_threads(threads)
         for other in made[1:]:
             assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
+def test_factors_are_torchs(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H to the last bits but one, M and v as good a product, of fresh moments around the tiles' sizes; the same bits
+    with either set of instructions and any threads. A matrix that is not positive definite is named, alone."""
+    lib = build.factors()
+    if path not in ("avx512", "amx") or lib is None or lib.mopeq_factors_set(2) < 2:
+        pytest.skip("once by all sets of instructions, for jobs with and without halves")
+    rng, threads = np.random.default_rng(), torch.get_num_threads()
+    for n in (1, 5, 63, 64, 65, 130, 257):
+        seed = int(rng.integers(1 << 30))
+        m, group = moments(3, n, seed=seed), int(rng.integers(1, 5)) * 32
+        m[1] *= 1e6
+        order = descent.column_order(m.diagonal(dim1=-2, dim2=-1), group)
+        damping = torch.full((3,), descent.DAMPING)
+        _, wanted = descent.factors_of(m, order, damping, group)
+        made = []
+        try:
+            for vectors, count in ((2, 1), (1, 1), (2, 3)):
+                lib.mopeq_factors_set(vectors)
+                torch.set_num_threads(count)
+                failed, found = compiled.factors_of(m, order, damping, group)
+                assert not failed.any()
+                made.append([t for t in (found.h, found.mt, found.v) if t is not None])
+        finally:
+            torch.set_num_threads(threads)
+            lib.mopeq_factors_set(BEST)
+        assert all(torch.equal(a, b) for other in made[1:] for a, b in zip(made[0], other, strict=True)), (n, seed)
+        assert torch.allclose(found.h, wanted.h, rtol=1e-6, atol=1e-6), (n, seed)
+        assert torch.equal(found.mt, found.mt.tril()) and bool((found.mt.diagonal(dim1=-2, dim2=-1) == 1).all())
+        ordered = torch.stack([h[i][:, i] for h, i in zip(wanted.h.double(), order, strict=True)])
+        away = (found.mt.double().mT * found.v.double()[:, None]) @ found.mt.double() - ordered
+        assert float(away.norm() / ordered.norm()) < 1e-5, (n, seed)
+        assert (found.half_h is not None) == (path == "amx" and n >= compiled.LEAST)
+        if found.half_h is not None and found.half_mt is not None:
+            for half, exact in ((found.half_h, found.h), (found.half_mt, found.mt)):
+                assert torch.equal(half[:, :n, :n], exact.bfloat16())
+                assert not half[:, :n, n : half.shape[1]].any() and not half[:, n:, : half.shape[1]].any()
+    indefinite = torch.stack([torch.eye(70), torch.ones(70, 70) - 3 * torch.eye(70)])
+    indefinite[1].diagonal().fill_(0.5)
+    failed, _ = compiled.factors_of(indefinite, torch.arange(70).repeat(2, 1), torch.zeros(2), 64)
+    assert failed.tolist() == [0, 1]
+
+
+def test_codes_are_those_of_both_steps(path: str) -> None:
+    """gptq's one call against feedback and descent one after the other: the same bits, turned."""
+    if path == "torch":
+        pytest.skip("in torch these are two calls")
+    for shape, bits, scheme in (
+        ((2, 70, 130), 2, "a"),
+        ((1, 5, 33), 3, "s"),
+        ((2, 64, 256), 8, "a"),
+        ((1, 17, 1), 1, "a"),
+    ):
+        fmt, w, m = Format(bits, 32, scheme), weights(shape, seed=bits), moments(shape[0], shape[2], seed=bits)
+        inputs = Inputs(m)
+        found, turned = inputs.factors(32), w.mT.contiguous()
+        level, scale, zero = gptq.feed_back(turned, fmt, found)
+        level, scale = descent.descend(turned, fmt, found.h, level, scale, zero, 2, found.half_h)
+        wanted, q = descent.coded(level, scale, zero, fmt), gptq.quantize(w, fmt, moments=inputs)
+        assert torch.equal(q.codes, wanted.codes) and torch.equal(q.scales, wanted.scales)
+        assert scheme == "s" or torch.equal(q.zeros, wanted.zeros)  # type: ignore[arg-type]
 
 
 def test_amx_costs_what_others_do(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +358,7 @@ def test_amx_costs_what_others_do(path: str, monkeypatch: pytest.MonkeyPatch) ->
         w, m = weights((2, out, n), seed=seed), moments(2, n, seed=seed)
         inputs = Inputs(m)
         inputs.factors(group)  # BLAS's sums do depend on threads
-        assert compiled.in_half(m, fmt, out)
+        assert inputs.factors(group).half_h is not None
         found = solved(w, fmt, m)
         codes = gptq.quantize(w, fmt, moments=inputs).codes
         try:

@@ -20,6 +20,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("cpu.c")
 ROUND = Path(__file__).with_name("round.c")
 GPTQ = Path(__file__).with_name("gptq.c")
+FACTORS = Path(__file__).with_name("factors.c")
 FORMS = Path(__file__).with_name("forms.c")
 DENSE = Path(__file__).with_name("dense.c")
 TEAM, TILE, PRODUCT, HALVES = (
@@ -28,6 +29,7 @@ TEAM, TILE, PRODUCT, HALVES = (
 PARTS = {
     SOURCE: (TEAM, TILE),
     GPTQ: (TEAM, PRODUCT),
+    FACTORS: (TEAM, PRODUCT),
     FORMS: (TEAM, PRODUCT, HALVES),
     DENSE: (TEAM, PRODUCT, HALVES),
 }  # what a file includes
@@ -136,6 +138,12 @@ def feedback() -> ctypes.CDLL | None:
     if lib is not None:
         lib.mopeq_gptq_tiled.argtypes = (ctypes.c_int, ctypes.c_int64)
     return lib
+
+
+@cache
+def factors() -> ctypes.CDLL | None:
+    """Factors of moments (factors.c), or None: torch does the same, more slowly."""
+    return shared_job(FACTORS)
 
 
 @cache

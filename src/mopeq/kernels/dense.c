@@ -1,4 +1,4 @@
-/* c [m, n] (+)= a [m, k] b [k, n], as halves.h multiplies.
+/* c [m, n] (+)= a [m, k] b [k, n], as halves.h multiplies; `upper`: at least on and above the diagonal.
 
    What is worked on at a time, 512 rows of a by 512 of k and 64 columns of b by as many, stays in the cache. Each thread
    has columns of its own, and the order of a sum follows from k alone. */
@@ -12,7 +12,7 @@ enum { ROWS = 512, DEEP = 512 };
 typedef struct {
     Factor a, b;
     float *c; /* rows `apart` apart */
-    int64_t m, k, n, apart, add;
+    int64_t m, k, n, apart, add, upper;
 } Job;
 
 #ifdef WITH_AMX
@@ -37,6 +37,7 @@ WITH_HALVES static int columns(const void *job, int64_t share, int64_t shares) {
                 const int both = columns_of(&f->b, lane, lanes, from, depth, b_high, b_low);
                 for (int64_t r = 0; r < held; r += 32) {
                     for (int64_t l = 0; l < lanes; l += 32) {
+                        if (f->upper && first + r > lane + l) continue;
                         const int whole = r + 32 <= held && l + 32 <= lanes;
                         float *to = f->c + (first + r) * f->apart + lane + l;
                         corner(depth, a_high + r * stride, a_low + r * stride, stride, b_high + l, b_low + l, both,

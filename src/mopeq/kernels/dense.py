@@ -21,7 +21,7 @@ from mopeq.kernels.threads import share, threads_for
 
 torch_linear = functional.linear
 SMALL = 1 << 21  # multiplications; below, torch is as fast
-SHARE = 1 << 27  # for a thread to be woken: some 0.6 ms
+SHARE = 1 << 25  # for a thread to be woken: some 0.2 ms
 LANES = 64  # columns that are one thread's
 PLAIN = (Tensor, nn.Parameter)
 
@@ -35,7 +35,7 @@ class Job(ctypes.Structure):
         ("a", Factor),
         ("b", Factor),
         ("c", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("m", "k", "n", "apart", "add")),
+        *((name, ctypes.c_int64) for name in ("m", "k", "n", "apart", "add", "upper")),
     )
 
 
@@ -55,12 +55,22 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return output if bias is None else output + bias
 
 
-def add_product(sums_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
-    """sums += a b, in place."""
-    if usable(a_MK.numel() * b_KN.shape[1], a_MK, b_KN, sums_MN) and sums_MN.stride(1) == 1:
-        run(a_MK, b_KN, sums_MN, add=True)
+def add_moments(sums_CC: Tensor, weighted_SC: Tensor, x_SC: Tensor) -> None:
+    """sums += weighted^T x, which is symmetric, in place; perhaps on and above the diagonal alone, for `mirror`."""
+    a, b = weighted_SC.T, x_SC
+    if usable(a.numel() * b.shape[1], a, b, sums_CC) and sums_CC.stride(1) == 1:
+        run(a, b, sums_CC, add=True, upper=True)
     else:
-        sums_MN.addmm_(a_MK, b_KN)
+        sums_CC.addmm_(a, b)
+
+
+def mirror(sums_ECC: Tensor) -> None:
+    """What is above the diagonals to below them, in place."""
+    for at in range(0, sums_ECC.shape[-1], LANES):
+        own, beyond = slice(at, at + LANES), slice(at + LANES, None)
+        square = sums_ECC[:, own, own]
+        square.copy_(square.triu() + square.triu(1).mT)
+        sums_ECC[:, beyond, own] = sums_ECC[:, own, beyond].mT
 
 
 @contextmanager
@@ -103,12 +113,12 @@ def usable(multiplications: int, *factors: Tensor) -> bool:
     )
 
 
-def run(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, add: bool) -> None:
-    """c (+)= a b. MemoryError."""
+def run(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, add: bool, upper: bool = False) -> None:
+    """c (+)= a b, `upper`: at least on and above the diagonal. MemoryError."""
     lib = dense()
     assert lib is not None and a_MK.shape[1] == len(b_KN) and c_MN.shape == (len(a_MK), b_KN.shape[1])
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a_MK, b_KN))
     (m, k), n = a.shape, b.shape[1]
     factors = (Factor(t.data_ptr(), *t.stride()) for t in (a, b))
-    job = Job(*factors, c_MN.data_ptr(), m, k, n, c_MN.stride(0), add)
+    job = Job(*factors, c_MN.data_ptr(), m, k, n, c_MN.stride(0), add, upper)
     share(lib.mopeq_dense, job, min(threads_for(m * k * n, SHARE), -(-n // LANES)))

@@ -107,12 +107,12 @@ WITH_HALVES static int blocks_amx(const void *job, int64_t share, int64_t shares
     const int64_t n = f->n, deep = (n + 31) / 32 * 32, stride = deep + PAD, tile = deep * LANES, half = LANES * stride;
     const int64_t padded = (f->tokens + LANES - 1) / LANES * LANES;
     void *room = NULL;
-    if (posix_memalign(&room, 64, (deep * padded + LANES * (n + LANES + padded) + f->count * half) * sizeof(float)))
+    if (posix_memalign(&room, 64, (deep * padded + deep + LANES * (LANES + padded) + f->count * half) * sizeof(float)))
         return NO_MEMORY;
     uint32_t *turned = room; /* [tokens / 64, upper and lower, deep / 2, 64 tokens] */
-    float *made = (float *)(turned + deep * padded), *c = made + LANES * n, *g = c + LANES * LANES;
+    float *made = (float *)(turned + deep * padded), *c = made + deep, *g = c + LANES * LANES;
     uint16_t *aways = (uint16_t *)(g + LANES * padded); /* [candidates, upper and lower, 64 outputs, stride] */
-    const Factor x = {f->x, 1, n}, dw = {made, n, 1};
+    const Factor x = {f->x, 1, n};
     for (int64_t t = 0; t < padded; t += LANES) {
         uint32_t *to = turned + t / LANES * tile;
         if (!columns_of(&x, t, less(f->tokens - t, LANES), 0, n, to, to + tile / 2)) memset(to + tile / 2, 0, tile * 2);
@@ -123,15 +123,19 @@ WITH_HALVES static int blocks_amx(const void *job, int64_t share, int64_t shares
         turn_gradients_amx(f, first, rows, padded, g);
         for (int64_t i = 0; i < f->count; i++) {
             uint16_t *high = aways + 2 * i * half;
-            away(f, f->candidates + i, first, rows, made);
-            rows_of(&dw, 0, rows, 0, n, high, high + half, stride);
+            for (int64_t r = 0; r < rows; r++) {
+                away(f, f->candidates + i, first + r, 1, made);
+                halves_of(made, n, high + r * stride, high + half + r * stride);
+            }
+            no_rows(rows, n, high, high + half, stride);
         }
         for (int64_t t = 0; t < padded; t += LANES) {
             const uint32_t *b = turned + t / LANES * tile;
+            const int64_t tokens = less(f->tokens - t, LANES);
             for (int64_t i = 0; i < f->count; i++) {
                 const uint16_t *high = aways + 2 * i * half;
                 for (int64_t r = 0; r < rows; r += 32)
-                    for (int l = 0; l < LANES; l += 32)
+                    for (int64_t l = 0; l < tokens; l += 32)
                         corner(n, high + r * stride, high + half + r * stride, stride, b + l, b + tile / 2 + l, 1,
                                c + r * LANES + l, LANES, 0);
                 sum_along(rows, g + t * LANES, c, f->along + (first / LANES * f->count + i) * padded + t);

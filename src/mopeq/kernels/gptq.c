@@ -6,9 +6,9 @@
    products are fused, which both sets of instructions can). For x86 with AVX2 or AVX-512; built at first use (build.py).
    Elementwise loops are plain C that compilers turn into vectors.
 
-   Where there are AMX tiles, the two products that nearly all the work is (of the errors of all groups with mt's rows, and
-   with H's) take both factors in bf16 and sum in float32. A code then goes the other way where it lies as near to a tie
-   as the sum's rounding, some 0.2 % of it. */
+   Where there are AMX tiles, the products that nearly all the work is (of the errors of all groups with mt's rows, of
+   these and of a group's levels with H's) take both factors in bf16 and sum in float32. A code then goes the other way
+   where it lies as near to a tie as the sum's rounding, some 0.2 % of it. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -18,7 +18,8 @@
 enum { TRIED = 3, BLOCK = 16 }; /* scales a group is rounded with; columns */
 
 /* Matrices, one after another in memory, and what is asked. `order` is where columns come in rounding; without it nothing
-   is rounded with feedback, and level, scale and zero are what descent begins with. */
+   is rounded with feedback, and level, scale and zero are what descent begins with. Where there is room for codes, these
+   are made instead of levels. */
 typedef struct {
     int32_t bits, symmetric, group, sweeps, clip_count, neighbour_count;
     float clips[16];      /* shares of the whole range that are tried */
@@ -29,27 +30,30 @@ typedef struct {
     const float *mt, *v;       /* [experts, n, n], [experts, n] */
     const int64_t *order;      /* [experts, n] */
     const float *h;            /* [experts, n, n] */
-    const uint16_t *half;      /* mt (with `order`) or h in bf16 [experts, padded, padded + PAD], zeros beyond n; or none */
+    const uint16_t *half_mt, *half_h; /* these in bf16 [experts, padded, padded + PAD], zeros beyond n; or none */
     float *level;              /* [experts, n, out] */
     float *scale, *zero;       /* [experts, groups, out] */
+    uint8_t *codes;            /* [experts, out, n], or none */
 } Job;
 
-/* A part of a matrix's outputs, held in tiles of `lanes` lanes. */
+/* `held` outputs of an expert, beside each other in rows of `lanes` lanes. */
 typedef struct {
     int64_t expert, first;
     int held;
+    float *w, *level;    /* [n, lanes] */
+    float *scale, *zero; /* [groups, lanes] */
 } Tile;
 
-/* An expert's rows of Job.half; `padded` is 0 where there are none. */
+/* An expert's rows of half_mt or half_h; `padded` is 0 where there are none. */
 typedef struct {
     const uint16_t *rows;
     int64_t padded, stride;
 } Half;
 
-static inline Half half_of(const Job *f, int64_t expert) {
-    if (!f->half) return (Half){0};
+static inline Half half_of(const Job *f, const uint16_t *rows, int64_t expert) {
+    if (!rows) return (Half){0};
     const int64_t padded = (f->n + 31) / 32 * 32, stride = padded + PAD;
-    return (Half){f->half + expert * padded * stride, padded, stride};
+    return (Half){rows + expert * padded * stride, padded, stride};
 }
 
 /* ------------------------------------------------------------------------------------------- products by AMX */
@@ -260,19 +264,17 @@ INLINE void round_group(const Job *f, int columns, const float *target, const fl
 /* gptq.feed_back of one tile: w and level are in the order of the file, mt and v in that of rounding. */
 INLINE int feed_back(const Job *f, Tile t, int lanes, int set) {
     const int group = f->group;
-    const int64_t n = f->n, groups = (n + group - 1) / group, *order = f->order + t.expert * n;
-    const float *w = f->w + t.expert * n * f->out + t.first, *mt = f->mt + t.expert * n * n, *v = f->v + t.expert * n;
-    float *level = f->level + (w - f->w), *scale = f->scale + t.expert * groups * f->out + t.first;
-    float *zero = f->zero + (scale - f->scale);
+    const int64_t n = f->n, *order = f->order + t.expert * n;
+    const float *mt = f->mt + t.expert * n * n, *v = f->v + t.expert * n;
     const size_t part = (size_t)group * lanes, row = lanes * sizeof(float);
-    const Half half = half_of(f, t.expert);
+    const Half half = half_of(f, f->half_mt, t.expert);
     float *wrong = malloc((n + 2 * group) * row + 2 * TRIED * part * sizeof(float) + half.padded * row / 2);
     if (!wrong) return NO_MEMORY;
     float *own = wrong + n * lanes, *target = own + part, *levels = target + part, *wrongs = levels + TRIED * part;
     uint32_t *pairs = (uint32_t *)(wrongs + TRIED * part);
     for (int64_t start = 0; start < n; start += group) {
         const int columns = (int)(n - start < group ? n - start : group);
-        for (int j = 0; j < columns; j++) load(own + j * lanes, w + order[start + j] * f->out, t.held, lanes);
+        for (int j = 0; j < columns; j++) memcpy(own + j * lanes, t.w + order[start + j] * lanes, row);
         memcpy(target, own, columns * row);
         if (half.padded)
             product_amx(columns, start, half.rows + start * half.stride, half.stride, pairs, target, 1);
@@ -292,18 +294,17 @@ INLINE int feed_back(const Job *f, Tile t, int lanes, int set) {
             found[l] = s[best[l]][l];
         }
         for (int j = 0; j < columns; j++) {
-            float x[LANES], *kept = wrong + (start + j) * lanes;
+            float *x = t.level + order[start + j] * lanes, *kept = wrong + (start + j) * lanes;
             EACH_LANE {
                 const float *x0 = levels + j * lanes + l, *w0 = wrongs + j * lanes + l;
                 x[l] = best[l] == 0 ? x0[0] : best[l] == 1 ? x0[part] : x0[2 * part];
                 kept[l] = best[l] == 0 ? w0[0] : best[l] == 1 ? w0[part] : w0[2 * part];
             }
-            store(level + order[start + j] * f->out, x, t.held, lanes);
         }
         if (half.padded) pair_rows(wrong + start * lanes, columns, pairs + start / 2 * LANES);
         const int64_t place = order[start] / group;
-        store(scale + place * f->out, found, t.held, lanes);
-        store(zero + place * f->out, z, t.held, lanes);
+        memcpy(t.scale + place * lanes, found, row);
+        memcpy(t.zero + place * lanes, z, row);
     }
     free(wrong);
     return DONE;
@@ -311,12 +312,18 @@ INLINE int feed_back(const Job *f, Tile t, int lanes, int set) {
 
 /* ---------------------------------------------------------------------------------------- coordinate descent */
 
-/* descent.best_scale: s and pull follow in place; hx [columns, lanes] is scratch. */
-INLINE void best_scale(int columns, const float *x, float *pull, const float *h, int64_t n, float *s, float *hx,
-                       int lanes, int set) {
+/* descent.best_scale: s and pull follow in place; hx [columns, lanes] and `pairs`, as long, are scratch. `half` are the
+   group's rows and columns in bf16, which levels are without loss. */
+INLINE void best_scale(int columns, const float *x, float *pull, const float *h, int64_t n, Half half, float *s, float *hx,
+                       uint32_t *pairs, int lanes, int set) {
     float curve[LANES], slope[LANES], away[LANES];
     EACH_LANE curve[l] = slope[l] = 0;
-    product(columns, columns, h, n, x, hx, lanes, set, 0);
+    if (half.padded) {
+        pair_rows(x, columns, pairs);
+        product_amx(columns, columns, half.rows, half.stride, pairs, hx, 0);
+    } else {
+        product(columns, columns, h, n, x, hx, lanes, set, 0);
+    }
     for (int j = 0; j < columns; j++) {
         EACH_LANE {
             curve[l] += x[j * lanes + l] * hx[j * lanes + l];
@@ -368,38 +375,32 @@ INLINE void move_codes(const Job *f, int columns, float *x, float *pull, const f
 /* descent.descend of one tile. */
 INLINE int descend(const Job *f, Tile t, int lanes, int set) {
     const int group = f->group;
-    const int64_t n = f->n, groups = (n + group - 1) / group;
-    const float *w = f->w + t.expert * n * f->out + t.first, *h = f->h + t.expert * n * n;
-    float *level = f->level + (w - f->w), *scale = f->scale + t.expert * groups * f->out + t.first;
-    const float *zero = f->zero + (scale - f->scale);
+    const int64_t n = f->n;
+    const float *h = f->h + t.expert * n * n;
     const size_t part = (size_t)group * lanes;
-    const Half half = half_of(f, t.expert);
+    const Half half = half_of(f, f->half_h, t.expert);
     float *away = malloc((n * lanes + 3 * part + half.padded * lanes / 2) * sizeof(float));
     if (!away) return NO_MEMORY;
-    float *x = away + n * lanes, *pull = x + part, *hx = pull + part, own[LANES], s[LANES], z[LANES];
-    uint32_t *pairs = (uint32_t *)(hx + part);
+    float *pull = away + n * lanes, *hx = pull + part;
+    uint32_t *few = (uint32_t *)(hx + part), *pairs = few + part;
     for (int sweep = -1; sweep < f->sweeps; sweep++) { /* at first what is away is but put down */
         for (int64_t start = 0, g = 0; start < n; start += group, g++) {
             const int columns = (int)(n - start < group ? n - start : group);
             const float *square = h + start * n + start;
-            load(s, scale + g * f->out, t.held, lanes);
-            load(z, zero + g * f->out, t.held, lanes);
-            for (int l = t.held; l < lanes; l++) s[l] = 1;
-            for (int j = 0; j < columns; j++) load(x + j * lanes, level + (start + j) * f->out, t.held, lanes);
+            const Half own = half.padded ? (Half){half.rows + start * half.stride + start, half.padded, half.stride} : half;
+            float *x = t.level + start * lanes, *s = t.scale + g * lanes, *z = t.zero + g * lanes;
             if (sweep >= 0) {
                 if (half.padded)
                     product_amx(columns, half.padded, half.rows + start * half.stride, half.stride, pairs, pull, 0);
                 else
                     product(columns, n, h + start * n, n, away, pull, lanes, set, 0);
-                best_scale(columns, x, pull, square, n, s, hx, lanes, set);
+                best_scale(columns, x, pull, square, n, own, s, hx, few, lanes, set);
                 move_codes(f, columns, x, pull, square, n, s, z, lanes, set);
-                best_scale(columns, x, pull, square, n, s, hx, lanes, set);
-                store(scale + g * f->out, s, t.held, lanes);
+                best_scale(columns, x, pull, square, n, own, s, hx, few, lanes, set);
             }
             for (int j = 0; j < columns; j++) {
-                load(own, w + (start + j) * f->out, t.held, lanes);
-                EACH_LANE away[(start + j) * lanes + l] = x[j * lanes + l] * s[l] - own[l];
-                if (sweep >= 0) store(level + (start + j) * f->out, x + j * lanes, t.held, lanes);
+                const int64_t row = (start + j) * lanes;
+                EACH_LANE away[row + l] = t.level[row + l] * s[l] - t.w[row + l];
             }
             if (half.padded) pair_rows(away + start * lanes, columns, pairs + start / 2 * LANES);
         }
@@ -410,15 +411,62 @@ INLINE int descend(const Job *f, Tile t, int lanes, int set) {
 
 /* -------------------------------------------------------------------------------------------------- matrices */
 
-INLINE int tiles(const Job *f, int64_t first, int64_t step, int lanes, int set) {
-    const int64_t each = (f->out + lanes - 1) / lanes;
-    int found = DONE;
-    for (int64_t i = first; i < f->experts * each && found == DONE; i += step) {
-        const int64_t at = i % each * lanes, left = f->out - at;
-        const Tile tile = {i / each, at, (int)(left < lanes ? left : lanes)};
-        if (f->order) found = feed_back(f, tile, lanes, set);
-        if (f->sweeps && found == DONE) found = descend(f, tile, lanes, set);
+/* Rows of [rows, out] that a tile has a part of, from memory or back into it. */
+INLINE void load_all(float *tile, const float *from, int64_t rows, int64_t out, int held, int lanes) {
+    for (int64_t j = 0; j < rows; j++) load(tile + j * lanes, from + j * out, held, lanes);
+}
+
+INLINE void store_all(float *to, const float *tile, int64_t rows, int64_t out, int held, int lanes) {
+    for (int64_t j = 0; j < rows; j++) store(to + j * out, tile + j * lanes, held, lanes);
+}
+
+/* A tile's levels as codes, turned to [out, n]: four of an output in a word. */
+INLINE void store_codes(const Job *f, Tile t, int lanes) {
+    enum { WORDS = 16 };
+    uint8_t *codes = f->codes + (t.expert * f->out + t.first) * f->n;
+    for (int64_t start = 0; start < f->n; start += 4 * WORDS) {
+        const int count = (int)(f->n - start < 4 * WORDS ? f->n - start : 4 * WORDS);
+        uint32_t words[WORDS * LANES] = {0}, row[WORDS];
+        for (int j = 0; j < count; j++) {
+            const float *level = t.level + (start + j) * lanes, *zero = t.zero + (start + j) / f->group * lanes;
+            uint32_t *to = words + j / 4 * lanes;
+            EACH_LANE to[l] |= (uint32_t)(int32_t)(level[l] + zero[l]) << 8 * (j % 4);
+        }
+        for (int l = 0; l < t.held; l++) {
+            for (int i = 0; i < WORDS; i++) row[i] = words[i * lanes + l];
+            memcpy(codes + l * f->n + start, row, count);
+        }
     }
+}
+
+INLINE int tiles(const Job *f, int64_t first, int64_t step, int lanes, int set) {
+    const int64_t n = f->n, groups = (n + f->group - 1) / f->group, each = (f->out + lanes - 1) / lanes;
+    float *room = malloc(2 * (n + groups) * lanes * sizeof(float));
+    int found = room ? DONE : NO_MEMORY;
+    for (int64_t i = first; i < f->experts * each && found == DONE; i += step) {
+        const int64_t expert = i / each, at = i % each * lanes, left = f->out - at;
+        const int held = (int)(left < lanes ? left : lanes);
+        const int64_t matrix = expert * n * f->out + at, grouped = expert * groups * f->out + at;
+        const Tile t = {expert, at, held, room, room + n * lanes, room + 2 * n * lanes, room + (2 * n + groups) * lanes};
+        load_all(t.w, f->w + matrix, n, f->out, held, lanes);
+        if (f->order) {
+            found = feed_back(f, t, lanes, set);
+        } else {
+            load_all(t.level, f->level + matrix, n, f->out, held, lanes);
+            load_all(t.scale, f->scale + grouped, groups, f->out, held, lanes);
+            load_all(t.zero, f->zero + grouped, groups, f->out, held, lanes);
+            for (int64_t g = 0; g < groups; g++)
+                for (int l = held; l < lanes; l++) t.scale[g * lanes + l] = 1;
+        }
+        if (f->sweeps && found == DONE) found = descend(f, t, lanes, set);
+        store_all(f->scale + grouped, t.scale, groups, f->out, held, lanes);
+        store_all(f->zero + grouped, t.zero, groups, f->out, held, lanes);
+        if (f->codes)
+            store_codes(f, t, lanes);
+        else
+            store_all(f->level + matrix, t.level, n, f->out, held, lanes);
+    }
+    free(room);
     return found;
 }
 
@@ -432,7 +480,7 @@ INLINE int tiles(const Job *f, int64_t first, int64_t step, int lanes, int set) 
 TILES(tiles_avx2, WITH_AVX2, AVX2)
 TILES(tiles_512, WITH_AVX512, AVX512)
 
-/* With f->half. */
+/* With half_mt or half_h. */
 static int tiles_amx(const void *job, int64_t first, int64_t step) {
     begin_amx();
     const int found = tiles_512(job, first, step);
@@ -442,13 +490,13 @@ static int tiles_amx(const void *job, int64_t first, int64_t step) {
 
 static int in_use = NONE;
 
-/* Chooses at most this set of instructions (product.h) and returns it. AMX takes jobs that come with `half`. */
+/* Chooses at most this set of instructions (product.h) and returns it. AMX takes jobs that come with halves. */
 int mopeq_gptq_set(int most) { return in_use = widest_set(most); }
 
-/* Whether a job of such groups and outputs should come with `half`. */
+/* Whether a job of such groups and outputs should come with halves. */
 int mopeq_gptq_tiled(int group, int64_t out) { return in_use == AMX && group % 32 == 0 && out > 2 * FEW_LANES; }
 
 /* Each thread takes a tile, and others after it. */
 int mopeq_gptq(const Job *f, int64_t threads) {
-    return in_shares(f->half ? tiles_amx : in_use == AVX2 ? tiles_avx2 : tiles_512, f, threads);
+    return in_shares(f->half_mt || f->half_h ? tiles_amx : in_use == AVX2 ? tiles_avx2 : tiles_512, f, threads);
 }

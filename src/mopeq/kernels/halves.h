@@ -79,13 +79,38 @@ INLINE WITH_HALVES void block_of(const float *at, int64_t line, int64_t step, in
     if ((step == 1) != by_line) turn(v);
 }
 
+/* `depth` floats side by side as bf16, upper and lower halves, and zeros up to a multiple of 32. */
+INLINE WITH_HALVES void halves_of(const float *from, int64_t depth, uint16_t *high, uint16_t *low) {
+    for (int64_t j = 0; j < depth; j += 32) {
+        const __mmask32 mask = depth - j >= 32 ? ~0u : (1u << (depth - j)) - 1;
+        const __m512 one = _mm512_maskz_loadu_ps((__mmask16)mask, from + j);
+        const __m512 two = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), from + j + 16);
+        _mm512_storeu_si512(high + j, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+        _mm512_storeu_si512(low + j, (__m512i)_mm512_cvtne2ps_pbh(rest_of(two), rest_of(one)));
+    }
+}
+
+/* Rows of zeros after `held` ones, up to a multiple of 32. */
+INLINE void no_rows(int64_t held, int64_t depth, uint16_t *high, uint16_t *low, int64_t stride) {
+    for (int64_t r = held; r % 32; r++) {
+        memset(high + r * stride, 0, (depth + 31) / 32 * 64);
+        memset(low + r * stride, 0, (depth + 31) / 32 * 64);
+    }
+}
+
 /* `held` rows of a by `depth` of k, from its element (first, from) on, as bf16 [rows up to a multiple of 32, stride]. */
 INLINE WITH_HALVES void rows_of(const Factor *a, int64_t first, int64_t held, int64_t from, int64_t depth, uint16_t *high,
                                 uint16_t *low, int64_t stride) {
     __mmask16 any = 0;
     __m512i v[16];
-    for (int64_t r = 0; r < held; r += 16) {
-        for (int64_t j = 0; j < depth; j += 32) {
+    no_rows(held, depth, high, low, stride);
+    if (a->along == 1) {
+        const float *at = a->at + first * a->down + from;
+        for (int64_t r = 0; r < held; r++) halves_of(at + r * a->down, depth, high + r * stride, low + r * stride);
+        return;
+    }
+    for (int64_t j = 0; j < depth; j += 32) {
+        for (int64_t r = 0; r < held; r += 16) {
             const float *at = a->at + (first + r) * a->down + (from + j) * a->along;
             for (int rest = 0; rest < 2; rest++) {
                 block_of(at, a->down, a->along, held - r, depth - j, 1, rest, &any, v);
@@ -94,11 +119,12 @@ INLINE WITH_HALVES void rows_of(const Factor *a, int64_t first, int64_t held, in
             }
         }
     }
-    if (held % 32 && held % 32 <= 16) { /* the last 32 rows' second half */
-        const int64_t r = held / 32 * 32 + 16;
-        memset(high + r * stride, 0, 16 * stride * 2);
-        memset(low + r * stride, 0, 16 * stride * 2);
-    }
+}
+
+/* Asks for what is read next, 32 rows of 64 floats or what there is of them: no processor foresees rows pages apart. */
+INLINE void ahead_of(const float *at, int64_t down, int64_t held, int64_t depth) {
+    for (int64_t i = 0; i < 32 && i < depth; i++)
+        for (int64_t l = 0; l < held; l += 16) _mm_prefetch((const char *)(at + i * down + l), _MM_HINT_T0);
 }
 
 /* `held` columns of b, at most 64, by `depth` of k, from its element (from, first) on: words [depth / 2, 64]. Returns
@@ -107,14 +133,19 @@ INLINE WITH_HALVES int columns_of(const Factor *b, int64_t first, int64_t held, 
                                   uint32_t *low) {
     __mmask16 any = 0;
     __m512i v[16];
+    const int64_t wide = b->along == 1 ? LANES : 16; /* rows of b are read on for all lanes, columns for 16 */
     for (int rest = 0; rest < 2; rest++) {
         if (rest && !any) return 0;
-        for (int64_t l = 0; l < LANES; l += 16) {
+        for (int64_t some = 0; some < LANES; some += wide) {
             for (int64_t j = 0; j < depth; j += 32) {
-                const float *at = b->at + (first + l) * b->along + (from + j) * b->down;
-                block_of(at, b->along, b->down, held - l < 0 ? 0 : held - l, depth - j, 0, rest, &any, v);
-                uint32_t *to = (rest ? low : high) + j / 2 * LANES + l;
-                for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * LANES, v[i]);
+                const float *at = b->at + first * b->along + (from + j) * b->down;
+                if (b->along == 1) ahead_of(at + 32 * b->down, b->down, held, depth - j - 32);
+                for (int64_t l = some; l < some + wide; l += 16) {
+                    const int64_t lanes = held - l < 0 ? 0 : held - l;
+                    block_of(at + l * b->along, b->along, b->down, lanes, depth - j, 0, rest, &any, v);
+                    uint32_t *to = (rest ? low : high) + j / 2 * LANES + l;
+                    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * LANES, v[i]);
+                }
             }
         }
     }

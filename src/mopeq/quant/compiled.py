@@ -1,4 +1,5 @@
-"""Rounding with feedback and coordinate descent by kernels/gptq.c: what gptq.py and descent.py say in torch, on a CPU.
+"""Rounding with feedback, coordinate descent and what they need of moments, by kernels/gptq.c and factors.c: what
+gptq.py and descent.py say in torch, on a CPU.
 
 The codes are torch's but for ties that fall the other way, and do not depend on the number of threads.
 """
@@ -6,19 +7,21 @@ The codes are torch's but for ties that fall the other way, and do not depend on
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mopeq.kernels.build import feedback
+from mopeq.kernels import build
 from mopeq.kernels.threads import share
 from mopeq.nouns import Format
 
 SETTINGS = {"clips": 16, "neighbours": 4, "factors": 3}  # how many there may be of each
-TENSORS = ("w", "mt", "v", "order", "h", "half", "level", "scale", "zero")
+TENSORS = ("w", "mt", "v", "order", "h", "half_mt", "half_h", "level", "scale", "zero", "codes")
+MADE = ("moments", "order", "damping"), ("h", "mt", "v", "half_h", "half_mt", "failed")
 LEAST = 128  # inputs from which on bf16 copies for AMX pay
-PAD = 32  # columns beside them, as gptq.c has it
+PAD = 32  # columns beside them, as product.h has it
 
 
 class Job(ctypes.Structure):
@@ -32,61 +35,122 @@ class Job(ctypes.Structure):
     )
 
 
+class Moments(ctypes.Structure):
+    """Moments [E, C, C] and room for what is made of them, as factors.c has it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in MADE[0]),
+        *((name, ctypes.c_int64) for name in ("experts", "n")),
+        *((name, ctypes.c_void_p) for name in MADE[1]),
+    )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Damped moments H [E, C, C]; M transposed [E, C, C] and v [E, C] of H = M diag(v) M^T, M unit upper triangular,
+    with the columns in the order [E, C] they are rounded in. Both matrices also in bf16 with padding around, where
+    gptq.c takes them so."""
+
+    h: Tensor
+    mt: Tensor
+    v: Tensor
+    order: Tensor
+    half_h: Tensor | None = None
+    half_mt: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What rounding with feedback tries: clipped ranges, scales beside neighbouring zero points, scales."""
+
+    clips: tuple[float, ...]
+    neighbours: tuple[float, ...]
+    factors: tuple[float, ...]
+
+
 def usable(w: Tensor) -> bool:
     """Whether gptq.c can work on a tensor here."""
-    return w.device.type == "cpu" and w.dtype == torch.float32 and feedback() is not None
+    return w.device.type == "cpu" and w.dtype == torch.float32 and build.feedback() is not None
 
 
-def feed_back(
-    w: Tensor,
-    fmt: Format,
-    mt: Tensor,
-    v: Tensor,
-    order: Tensor,
-    clips: Sequence[float],
-    neighbours: Sequence[float],
-    factors: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """gptq.feed_back, with what it tries: clipped ranges, scales beside neighbouring zero points, scales."""
-    level, scale = w.new_empty(w.shape), w.new_empty(len(w), fmt.groups(w.shape[1]), w.shape[2])
-    zero = torch.empty_like(scale)
-    job = Job(fmt.bits, fmt.scheme == "s", fmt.group_size, 0, len(clips), len(neighbours))
-    for name, values in zip(SETTINGS, (clips, neighbours, factors), strict=True):
-        getattr(job, name)[: len(values)] = values
-    given = {"w": w, "mt": mt, "v": v, "order": order, "level": level, "scale": scale, "zero": zero}
-    run(job, given | in_half(mt, fmt, w.shape[2]))
+def factors_of(moments_ECC: Tensor, order_EC: Tensor, damping_E: Tensor, group_size: int) -> tuple[Tensor, Factors]:
+    """descent.factored with this damping, and which failed [E]. MemoryError."""
+    lib = build.factors()
+    assert lib is not None
+    experts, n, _ = moments_ECC.shape
+    given = {"moments": moments_ECC.contiguous(), "order": order_EC, "damping": damping_E}
+    made = {"h": torch.empty(experts, n, n), "mt": torch.empty(experts, n, n), "v": torch.empty(experts, n)}
+    if takes_halves(group_size) and n >= LEAST:
+        padded = -(-n // 32) * 32
+        made |= {k: torch.empty(experts, padded, padded + PAD, dtype=torch.bfloat16) for k in ("half_h", "half_mt")}
+    failed = torch.empty(experts, dtype=torch.int32)
+    addresses = {name: t.data_ptr() for name, t in (given | made | {"failed": failed}).items()}
+    share(lib.mopeq_factors, Moments(experts=experts, n=n, **addresses))
+    return failed, Factors(order=order_EC, **made)
+
+
+def takes_halves(group_size: int, out: int = 64) -> bool:
+    """Whether gptq.c multiplies by AMX where groups and outputs are so many."""
+    lib = build.feedback()
+    return lib is not None and bool(lib.mopeq_gptq_tiled(group_size, out))
+
+
+def feed_back(w: Tensor, fmt: Format, found: Factors, tried: Tried) -> tuple[Tensor, Tensor, Tensor]:
+    """gptq.feed_back."""
+    level, scale, zero = torch.empty_like(w), *room_for_scales(w, fmt)
+    filled = {"level": level, "scale": scale, "zero": zero}
+    run(job_of(fmt, 0, tried), {"w": w, "half_mt": found.half_mt, **order_of(found), **filled})
     return level, scale, zero
 
 
 def descend(
-    w: Tensor, fmt: Format, h: Tensor, level: Tensor, scale: Tensor, zero: Tensor, sweeps: int
+    w: Tensor, fmt: Format, h: Tensor, level: Tensor, scale: Tensor, zero: Tensor, sweeps: int, half_h: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """descent.descend."""
-    level, scale = (t.clone(memory_format=torch.contiguous_format) for t in (level, scale))
-    job = Job(fmt.bits, fmt.scheme == "s", fmt.group_size, sweeps)
-    run(job, {"w": w, "h": h, "level": level, "scale": scale, "zero": zero} | in_half(h, fmt, w.shape[2]))
+    level, scale, zero = (t.clone(memory_format=torch.contiguous_format) for t in (level, scale, zero))
+    run(job_of(fmt, sweeps), {"w": w, "h": h, "half_h": half_h, "level": level, "scale": scale, "zero": zero})
     return level, scale
 
 
-def in_half(rows_ECC: Tensor, fmt: Format, out: int) -> dict[str, Tensor]:
-    """`half` of a job: mt or h in bf16 with padding around, where AMX tiles can take it and are in use."""
-    lib = feedback()
-    assert lib is not None
-    experts, n, _ = rows_ECC.shape
-    if not lib.mopeq_gptq_tiled(fmt.group_size, out) or n < LEAST:
-        return {}
-    padded = -(-n // 32) * 32
-    half = torch.zeros(experts, padded, padded + PAD, dtype=torch.bfloat16)
-    half[:, :n, :n] = rows_ECC
-    return {"half": half}
+def solve(w: Tensor, fmt: Format, found: Factors, tried: Tried, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One after the other: codes uint8 [E, N, C], scales and zero points [E, G, N]."""
+    codes, scale, zero = torch.empty(w.mT.shape, dtype=torch.uint8), *room_for_scales(w, fmt)
+    given = {"h": found.h, "half_h": found.half_h, "half_mt": found.half_mt, **order_of(found)}
+    run(job_of(fmt, sweeps, tried), {"w": w, "codes": codes, "scale": scale, "zero": zero, **given})
+    return codes, scale, zero
 
 
-def run(job: Job, tensors: dict[str, Tensor]) -> None:
+def room_for_scales(w: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Of scales and zero points [E, G, N] of matrices [E, C, N]."""
+    shape = len(w), fmt.groups(w.shape[1]), w.shape[2]
+    return w.new_empty(shape), w.new_empty(shape)
+
+
+def order_of(found: Factors) -> dict[str, Tensor]:
+    """What rounding with feedback wants of factors."""
+    return {"mt": found.mt, "v": found.v, "order": found.order}
+
+
+def job_of(fmt: Format, sweeps: int, tried: Tried | None = None) -> Job:
+    job = Job(fmt.bits, fmt.scheme == "s", fmt.group_size, sweeps)
+    if tried is not None:
+        job.clip_count, job.neighbour_count = len(tried.clips), len(tried.neighbours)
+        for name in SETTINGS:
+            values = getattr(tried, name)
+            getattr(job, name)[: len(values)] = values
+    return job
+
+
+def run(job: Job, tensors: Mapping[str, Tensor | None]) -> None:
     """Have as many threads as torch takes share a job's tiles. MemoryError."""
-    lib = feedback()
+    lib = build.feedback()
     assert lib is not None
-    tensors = {name: t.contiguous() for name, t in tensors.items()}  # what is filled is contiguous, and stays itself
-    job.experts, job.n, job.out = tensors["w"].shape
-    for name, t in tensors.items():
-        setattr(job, name, t.data_ptr())
+    there = {
+        name: t.contiguous() for name, t in tensors.items() if t is not None
+    }  # what is filled is, and stays itself
+    job.experts, job.n, job.out = there["w"].shape
+    halved = takes_halves(job.group, job.out)
+    for name, t in there.items():
+        if halved or not name.startswith("half"):
+            setattr(job, name, t.data_ptr())
     share(lib.mopeq_gptq, job)

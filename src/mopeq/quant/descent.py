@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mopeq.nouns import Format
 from mopeq.quant import compiled
+from mopeq.quant.compiled import Factors
 from mopeq.quant.rtn import LARGEST, SMALLEST, stored_scale
 from mopeq.tensors import QWeight, per_input
 
@@ -29,8 +30,13 @@ def coded(level: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> QWeight:
     """Levels [E, C, N], scales and zero points [E, G, N] as they are stored; the levels turn into codes in place."""
     for g, part in enumerate(slices(level.shape[1], fmt.group_size)):
         level[:, part] += zero[:, g, None]
+    return stored(level.to(torch.uint8).mT.contiguous(), scale, zero, fmt)
+
+
+def stored(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> QWeight:
+    """Codes [E, N, C] with scales and zero points [E, G, N]."""
     zeros = None if fmt.scheme == "s" else zero.mT.contiguous().to(torch.uint8)
-    return QWeight(level.to(torch.uint8).mT.contiguous(), scale.mT.contiguous().half(), zeros, fmt)
+    return QWeight(codes, scale.mT.contiguous().half(), zeros, fmt)
 
 
 def slices(n: int, size: int) -> list[slice]:
@@ -39,17 +45,6 @@ def slices(n: int, size: int) -> list[slice]:
 
 
 # ------------------------------------------------------------------------------------------------ moments
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Damped moments H [E, C, C]; M transposed [E, C, C] and v [E, C] of H = M diag(v) M^T, M unit upper triangular,
-    with the columns in the order [E, C] they are rounded in."""
-
-    h: Tensor
-    mt: Tensor
-    v: Tensor
-    order: Tensor
 
 
 @dataclass
@@ -78,28 +73,35 @@ def part_of(moments: Tensor | Inputs, some: slice) -> Inputs:
 
 def factored(moments_ECC: Tensor, group_size: int) -> Factors:
     """Damping grows tenfold where float32 moments of few tokens need it. NaN moments count as never seen."""
-    h, damping_E = of_mean_one(moments_ECC)
-    order = column_order(h.diagonal(dim1=-2, dim2=-1), group_size)
+    diagonal_EC = moments_ECC.diagonal(dim1=-2, dim2=-1)
+    order = column_order(diagonal_EC.where(diagonal_EC.isfinite(), 0.0), group_size)
+    damping_E = moments_ECC.new_full((len(moments_ECC),), DAMPING)
     while True:
-        damp = damped(h, damping_E)
-        ordered = torch.stack([h_CC.index_select(0, i).index_select(1, i) for h_CC, i in zip(damp, order, strict=True)])
-        # the lower factor from the last column to the first is an upper factor from the first to the last
-        lower, info_E = torch.linalg.cholesky_ex(ordered.flip(-1, -2))
-        if not bool(info_E.any()):
-            break
-        damping_E = torch.where(info_E > 0, 10 * damping_E, damping_E)
+        here = compiled.usable(moments_ECC)
+        failed_E, found = (compiled.factors_of if here else factors_of)(moments_ECC, order, damping_E, group_size)
+        if not bool(failed_E.any()):
+            return found
+        damping_E = torch.where(failed_E > 0, 10 * damping_E, damping_E)
+
+
+def factors_of(moments_ECC: Tensor, order_EC: Tensor, damping_E: Tensor, group_size: int) -> tuple[Tensor, Factors]:
+    """`factored` with this damping, and which failed [E]."""
+    h = damped(*of_mean_one(moments_ECC, damping_E))
+    ordered = torch.stack([h_CC.index_select(0, i).index_select(1, i) for h_CC, i in zip(h, order_EC, strict=True)])
+    # the lower factor from the last column to the first is an upper factor from the first to the last
+    lower, failed_E = torch.linalg.cholesky_ex(ordered.flip(-1, -2))
     upper_t = lower.mT.flip(-1, -2)
     root = upper_t.diagonal(dim1=-2, dim2=-1)
-    return Factors(damp, upper_t / root[..., None], root.square(), order)
+    return failed_E, Factors(h, upper_t / root[..., None], root.square(), order_EC)
 
 
-def of_mean_one(moments_ECC: Tensor) -> tuple[Tensor, Tensor]:
+def of_mean_one(moments_ECC: Tensor, damping_E: Tensor | float = DAMPING) -> tuple[Tensor, Tensor]:
     """Moments with a diagonal of mean one, of a size that float32 likes whatever the tokens were, and the damping
-    [E] they want; zeros to be damped by one, so to the identity, for those never seen."""
+    [E] they are given; zeros to be damped by one, so to the identity, for those never seen."""
     mean_E = moments_ECC.diagonal(dim1=-2, dim2=-1).mean(-1)
     seen_E = (mean_E > 0) & moments_ECC.flatten(1).isfinite().all(1)
     h = torch.where(seen_E[:, None, None], moments_ECC / torch.where(seen_E, mean_E, 1.0)[:, None, None], 0.0)
-    return h, torch.where(seen_E, DAMPING, 1.0)
+    return h, torch.where(seen_E, damping_E, 1.0)
 
 
 def damped(h_ECC: Tensor, damping_E: Tensor) -> Tensor:
@@ -127,11 +129,18 @@ def take(t_ECN: Tensor, order_EC: Tensor) -> Tensor:
 
 
 def descend(
-    w: Tensor, fmt: Format, h: Tensor, level: Tensor, scale: Tensor, zero: Tensor, sweeps: int
+    w: Tensor,
+    fmt: Format,
+    h: Tensor,
+    level: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    sweeps: int,
+    half_h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lower tr(D H D^T) by moving every code, then every scale, to its best with all others held; `sweeps` times."""
     if compiled.usable(w):
-        return compiled.descend(w, fmt, h, level, scale, zero, sweeps)
+        return compiled.descend(w, fmt, h, level, scale, zero, sweeps, half_h)
     n, size = w.shape[1], fmt.group_size
     level, scale = level.clone(), scale.clone()
     away = level * spread(scale, size, n) - w

@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopeq.kernels.extent import largest
 from mopeq.nouns import Format
 from mopeq.quant import compiled
-from mopeq.quant.descent import BLOCK, Inputs, coded, descend, part_of, slices, take
+from mopeq.quant.compiled import Factors, Tried
+from mopeq.quant.descent import BLOCK, Inputs, coded, descend, part_of, slices, stored, take
 from mopeq.quant.rtn import LARGEST, scale_and_zero, stored_scale
 from mopeq.quant.rtn import quantize as round_to_nearest
 from mopeq.tensors import QWeight
@@ -55,9 +57,12 @@ def batches(w_ENC: Tensor) -> list[slice]:
 def solve(w_ENC: Tensor, fmt: Format, inputs: Inputs, sweeps: int) -> QWeight:
     """One batch of matrices."""
     w = w_ENC.mT.contiguous()
-    scale_and_zero(w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), fmt)  # refuses what no fp16 scale can express
+    if not largest(w) <= LARGEST / 2:
+        scale_and_zero(w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), fmt)  # refuses what no fp16 scale can express
     found = inputs.factors(fmt.group_size)
-    level, scale, zero = feed_back(w, fmt, found.mt, found.v, found.order)
+    if compiled.usable(w):
+        return stored(*compiled.solve(w, fmt, found, tried(fmt), sweeps), fmt)
+    level, scale, zero = feed_back(w, fmt, found)
     level, scale = descend(w, fmt, found.h, level, scale, zero, sweeps)
     return coded(level, scale, zero, fmt)
 
@@ -65,10 +70,11 @@ def solve(w_ENC: Tensor, fmt: Format, inputs: Inputs, sweeps: int) -> QWeight:
 # ----------------------------------------------------------------------------------- rounding with feedback
 
 
-def feed_back(w: Tensor, fmt: Format, mt: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def feed_back(w: Tensor, fmt: Format, found: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """Levels (code - zero) [E, C, N], scales and zero points [E, G, N], all float32."""
     if compiled.usable(w):
-        return compiled.feed_back(w, fmt, mt, v, order, clips(fmt), neighbours(fmt), factors(fmt))
+        return compiled.feed_back(w, fmt, found, tried(fmt))
+    mt, v, order = found.mt, found.v, found.order
     n, size = w.shape[1], fmt.group_size
     wo = take(w, order)
     wrong, level = torch.zeros_like(wo), torch.empty_like(wo)  # w - q, code - zero, in the order of rounding
@@ -157,6 +163,10 @@ def searched_range(x: Tensor, weight: Tensor, fmt: Format) -> tuple[Tensor, Tens
         for factor in neighbours(fmt):
             attempt(stored_scale((scale * factor).clamp_max(LARGEST)), (zero + step).clamp(0, fmt.max_code))
     return best
+
+
+def tried(fmt: Format) -> Tried:
+    return Tried(clips(fmt), neighbours(fmt), factors(fmt))
 
 
 def clips(fmt: Format) -> tuple[float, ...]:

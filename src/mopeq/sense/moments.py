@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.kernels.dense import add_product
+from mopeq.kernels.dense import add_moments, mirror
 from mopeq.nouns import MoELayer, MoESpec
 from mopeq.progress import progress
 from mopeq.quant import moment_bytes
@@ -118,7 +118,7 @@ def gather(
             visit.run()
         for layer, module in pairs:
             left -= 1
-            yield layer, module, adding.found.pop(id(module))
+            yield layer, module, adding.take(module)
         if not left:
             return
 
@@ -143,6 +143,13 @@ class Adding:
                     kept = torch.zeros(layer.experts, out, out, device=walking.device)
                     self.found[id(module)].gradients[p] = kept
 
+    def take(self, module: Any) -> Moments:
+        """A layer's moments, once all is added."""
+        moments = self.found.pop(id(module))
+        for sums in (moments.x, moments.h, *moments.gradients.values()):
+            mirror(sums)
+        return moments
+
     def __call__(self, module: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         moments = self.found.get(id(module))
         if moments is None:
@@ -153,8 +160,8 @@ class Adding:
             keep = real(seen)
             x, h = (shown(seen.inputs[p], keep).float() for p in ("up", "down"))
             g = shown(seen.weight, keep).float().abs().unsqueeze(-1)
-            add_product(moments.x[seen.expert], (x * g).T, x)
-            add_product(moments.h[seen.expert], (h * g).T, h)
+            add_moments(moments.x[seen.expert], x * g, x)
+            add_moments(moments.h[seen.expert], h * g, h)
             moments.tokens_E[seen.expert] += x.shape[0]
             for p, sums in moments.gradients.items():
                 seen.outputs[p].register_hook(partial(add_squares, sums[seen.expert], keep))
@@ -167,4 +174,4 @@ class Adding:
 def add_squares(sums_NN: Tensor, keep_S: Tensor | None, g_SN: Tensor) -> None:
     """Hook of a projection's outputs, called with their gradient."""
     g = shown(g_SN, keep_S).float()
-    add_product(sums_NN, g.T, g)
+    add_moments(sums_NN, g, g)

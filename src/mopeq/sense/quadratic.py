@@ -413,7 +413,7 @@ def moments_ahead(
     with watch(walking.model, adding):
         for _ in visit.ahead():
             step()
-    return {layer.layer: adding.found.pop(id(module)) for layer, module in pairs}
+    return {layer.layer: adding.take(module) for layer, module in pairs}
 
 
 def candidates(
