@@ -237,7 +237,7 @@ def solved(w: torch.Tensor, fmt: Format, m: torch.Tensor) -> tuple[torch.Tensor,
     found, n = descent.factored(m, fmt.group_size), w.shape[2]
     level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found)
     first = level * spread(scale, fmt.group_size, n)
-    level, scale = descent.descend(w.mT.contiguous(), fmt, found.h, level, scale, zero, 2)
+    level, scale = descent.descend(w.mT.contiguous(), fmt, found.h, level, scale, zero, 2, found.half_h)
     last = level * spread(scale, fmt.group_size, n)
     return first, last, damped_loss(w, last.mT, found.h)
 
@@ -264,10 +264,10 @@ def test_compiled_is_torchs_but_for_ties(bits: int, path: str, monkeypatch: pyte
         assert float((found[2].sum() / wanted[2].sum()).log().abs()) < limit, (seed, fmt, out, n)
 
 
-def test_the_same_bits_by_any_vectors_and_threads() -> None:
+def test_the_same_bits_by_any_vectors_and_threads(path: str) -> None:
     lib = feedback()
-    if lib is None or lib.mopeq_gptq_set(2) < 2:
-        pytest.skip("gptq.c cannot be built, or AVX-512 is not here")
+    if path != "avx512" or lib is None or build.factors() is None:
+        pytest.skip("once, where gptq.c and factors.c can be built and AVX-512 is here")
     threads = torch.get_num_threads()
     for shape, bits in (((3, 100, 130), 2), ((1, 20, 64), 3), ((2, 64, 300), 4)):
         w, m = weights(shape, seed=bits), moments(shape[0], shape[2], seed=bits)
@@ -275,9 +275,8 @@ def test_the_same_bits_by_any_vectors_and_threads() -> None:
         try:
             for vectors, count in ((2, 1), (1, 1), (2, 2), (1, 3)):
                 lib.mopeq_gptq_set(vectors)
-                torch.set_num_threads(1)
-                found = descent.factored(m, 64)  # BLAS's sums do depend on threads
                 torch.set_num_threads(count)
+                found = descent.factored(m, 64)
                 start = gptq.feed_back(w.mT.contiguous(), Format(bits, 64), found)
                 made.append((*start, *descent.descend(w.mT.contiguous(), Format(bits, 64), found.h, *start, 2)))
         finally:
@@ -328,6 +327,38 @@ def test_factors_are_torchs(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed.tolist() == [0, 1]
 
 
+def test_torch_makes_factors_where_factors_c_cannot_be_built(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, m, fmt = weights((2, 40, 160)), moments(2, 160), Format(3, 32)
+    cost = output_errors(w, gptq.quantize(w, fmt, moments=m), m)
+    monkeypatch.setattr(build, "factors", lambda: None)
+    found = gptq.quantize(w, fmt, moments=m)
+    check_form(found, w, fmt)
+    assert torch.allclose(output_errors(w, found, m), cost, rtol=0.05)
+
+
+def test_torchs_defaults_change_nothing() -> None:
+    """A caller may make its own tensors in bf16, or on a GPU, unless said."""
+    w, m, fmt = weights((2, 40, 160)), moments(2, 160), Format(3, 32)
+    wanted, before = gptq.quantize(w, fmt, moments=m), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            found = gptq.quantize(w, fmt, moments=m)
+            h = descent.factored(m, 32).h
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.scales, wanted.scales)
+    assert torch.equal(h, descent.factored(m, 32).h)
+
+
+def test_moments_near_the_end_of_float32() -> None:
+    """Their sum is beyond it, their mean is not."""
+    m = moments(2, 70)
+    large = m * (2e38 / m.diagonal(dim1=1, dim2=2).amax(1))[:, None, None]
+    assert bool(large.isfinite().all()) and not bool(large.diagonal(dim1=1, dim2=2).sum(1).isfinite().all())
+    assert torch.allclose(descent.factored(large, 32).h, descent.factored(m, 32).h, rtol=1e-5, atol=1e-6)
+
+
 def test_codes_are_those_of_both_steps(path: str) -> None:
     """gptq's one call against feedback and descent one after the other: the same bits, turned."""
     if path == "torch":
@@ -356,14 +387,12 @@ def test_amx_costs_what_others_do(path: str, monkeypatch: pytest.MonkeyPatch) ->
     for out, n, group, bits in ((33, 128, 32, 2), (70, 300, 64, 3), (128, 200, 128, 4), (100, 411, 96, 2)):
         fmt, seed = Format(bits, group), int(rng.integers(1 << 30))
         w, m = weights((2, out, n), seed=seed), moments(2, n, seed=seed)
-        inputs = Inputs(m)
-        inputs.factors(group)  # BLAS's sums do depend on threads
-        assert inputs.factors(group).half_h is not None
+        assert descent.factored(m, group).half_h is not None
         found = solved(w, fmt, m)
-        codes = gptq.quantize(w, fmt, moments=inputs).codes
+        codes = gptq.quantize(w, fmt, moments=m).codes
         try:
             torch.set_num_threads(3)
-            assert torch.equal(gptq.quantize(w, fmt, moments=inputs).codes, codes)
+            assert torch.equal(gptq.quantize(w, fmt, moments=m).codes, codes)
         finally:
             torch.set_num_threads(threads)
         use("avx512", monkeypatch)

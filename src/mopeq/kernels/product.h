@@ -91,9 +91,9 @@ static const struct {
     uint8_t rows[16];
 } SHAPE = {.palette = 1, .bytes = {EIGHT(64)}, .rows = {EIGHT(16)}};
 
-WITH_AMX static void begin_amx(void) { _tile_loadconfig(&SHAPE); }
+WITH_AMX static inline void begin_amx(void) { _tile_loadconfig(&SHAPE); }
 
-WITH_AMX static void end_amx(void) { _tile_release(); }
+WITH_AMX static inline void end_amx(void) { _tile_release(); }
 
 /* Sums of 32 x 32 floats, `across` bytes from row to row, to tiles 0 to 3, where they go on, or begin at zero. */
 INLINE WITH_AMX void open_corner(const float *c, int64_t across, int add) {

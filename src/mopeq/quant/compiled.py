@@ -73,19 +73,27 @@ def usable(w: Tensor) -> bool:
     return w.device.type == "cpu" and w.dtype == torch.float32 and build.feedback() is not None
 
 
+def factors_usable(moments: Tensor) -> bool:
+    """Whether factors.c can work on a tensor here."""
+    return usable(moments) and build.factors() is not None
+
+
 def factors_of(moments_ECC: Tensor, order_EC: Tensor, damping_E: Tensor, group_size: int) -> tuple[Tensor, Factors]:
-    """descent.factored with this damping, and which failed [E]. MemoryError."""
+    """descent.factors_of, and of some groups the halves. MemoryError."""
     lib = build.factors()
     assert lib is not None
     experts, n, _ = moments_ECC.shape
-    given = {"moments": moments_ECC.contiguous(), "order": order_EC, "damping": damping_E}
-    made = {"h": torch.empty(experts, n, n), "mt": torch.empty(experts, n, n), "v": torch.empty(experts, n)}
+    given = {"moments": moments_ECC, "order": order_EC, "damping": damping_E}
+    given = {name: t.contiguous() for name, t in given.items()}
+    room = moments_ECC.new_empty  # of their type and device, whatever torch's defaults are here
+    made = {"h": room(experts, n, n), "mt": room(experts, n, n), "v": room(experts, n)}
     if takes_halves(group_size) and n >= LEAST:
         padded = -(-n // 32) * 32
-        made |= {k: torch.empty(experts, padded, padded + PAD, dtype=torch.bfloat16) for k in ("half_h", "half_mt")}
-    failed = torch.empty(experts, dtype=torch.int32)
+        made |= {k: room(experts, padded, padded + PAD, dtype=torch.bfloat16) for k in ("half_h", "half_mt")}
+    failed = room(experts, dtype=torch.int32)
     addresses = {name: t.data_ptr() for name, t in (given | made | {"failed": failed}).items()}
-    share(lib.mopeq_factors, Moments(experts=experts, n=n, **addresses))
+    job = Moments(experts=experts, n=n, **addresses)
+    share(lib.mopeq_factors, job, min(torch.get_num_threads(), experts))  # a thread makes room before it looks for work
     return failed, Factors(order=order_EC, **made)
 
 
@@ -114,7 +122,7 @@ def descend(
 
 def solve(w: Tensor, fmt: Format, found: Factors, tried: Tried, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
     """One after the other: codes uint8 [E, N, C], scales and zero points [E, G, N]."""
-    codes, scale, zero = torch.empty(w.mT.shape, dtype=torch.uint8), *room_for_scales(w, fmt)
+    codes, scale, zero = w.new_empty(w.mT.shape, dtype=torch.uint8), *room_for_scales(w, fmt)
     given = {"h": found.h, "half_h": found.half_h, "half_mt": found.half_mt, **order_of(found)}
     run(job_of(fmt, sweeps, tried), {"w": w, "codes": codes, "scale": scale, "zero": zero, **given})
     return codes, scale, zero
@@ -145,9 +153,8 @@ def run(job: Job, tensors: Mapping[str, Tensor | None]) -> None:
     """Have as many threads as torch takes share a job's tiles. MemoryError."""
     lib = build.feedback()
     assert lib is not None
-    there = {
-        name: t.contiguous() for name, t in tensors.items() if t is not None
-    }  # what is filled is, and stays itself
+    # what is filled is contiguous, and stays itself
+    there = {name: t.contiguous() for name, t in tensors.items() if t is not None}
     job.experts, job.n, job.out = there["w"].shape
     halved = takes_halves(job.group, job.out)
     for name, t in there.items():

@@ -77,7 +77,7 @@ def factored(moments_ECC: Tensor, group_size: int) -> Factors:
     order = column_order(diagonal_EC.where(diagonal_EC.isfinite(), 0.0), group_size)
     damping_E = moments_ECC.new_full((len(moments_ECC),), DAMPING)
     while True:
-        here = compiled.usable(moments_ECC)
+        here = compiled.factors_usable(moments_ECC)
         failed_E, found = (compiled.factors_of if here else factors_of)(moments_ECC, order, damping_E, group_size)
         if not bool(failed_E.any()):
             return found
@@ -98,7 +98,7 @@ def factors_of(moments_ECC: Tensor, order_EC: Tensor, damping_E: Tensor, group_s
 def of_mean_one(moments_ECC: Tensor, damping_E: Tensor | float = DAMPING) -> tuple[Tensor, Tensor]:
     """Moments with a diagonal of mean one, of a size that float32 likes whatever the tokens were, and the damping
     [E] they are given; zeros to be damped by one, so to the identity, for those never seen."""
-    mean_E = moments_ECC.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean_E = moments_ECC.diagonal(dim1=-2, dim2=-1).mean(-1, dtype=torch.float64).to(moments_ECC.dtype)
     seen_E = (mean_E > 0) & moments_ECC.flatten(1).isfinite().all(1)
     h = torch.where(seen_E[:, None, None], moments_ECC / torch.where(seen_E, mean_E, 1.0)[:, None, None], 0.0)
     return h, torch.where(seen_E, damping_E, 1.0)
