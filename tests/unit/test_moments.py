@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mopeq.job import open_job
+from mopeq.kernels import dense
 from mopeq.models import load_model
 from mopeq.options import Options
 from mopeq.seam import Seen, model_layers, plain_forward, watch
@@ -77,3 +78,19 @@ def test_moments_of_gradients_are_those_of_each_token(kind: str) -> None:
                 assert torch.allclose(
                     seen.gradients[p][e].double(), want, rtol=1e-4, atol=1e-6 * float(want.abs().max())
                 )
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
+def test_moments_are_whole_whoever_multiplies(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By AMX, where it is here, products are made on and above the diagonal alone."""
+    job = open_job(made.source(kind), Options())
+    model = load_model(job.folder, torch.float32, "cpu")
+    batches = [{"input_ids": (torch.arange(5, 53).view(2, 24) + n) % 50} for n in range(3)]
+    found: list[list[torch.Tensor]] = []
+    for least in (1 << 62, 0):
+        monkeypatch.setattr(dense, "SMALL", least)
+        layers = [seen for _, seen in collect(model, job.spec, batches, 1 << 30, label_seed=4)]
+        found.append([t for seen in layers for t in (seen.x, seen.h, *seen.gradients.values())])
+    for theirs, ours in zip(*found, strict=True):
+        assert torch.equal(ours, ours.mT) and torch.equal(theirs, theirs.mT)
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
