@@ -232,6 +232,21 @@ def test_a_matrix_is_the_same_alone_in_a_batch_and_in_pieces(monkeypatch: pytest
     assert torch.allclose(a, b, rtol=1e-2)
 
 
+def test_matrices_may_lie_in_memory_as_they_like() -> None:
+    w, m, fmt = weights((2, 40, 160)), moments(2, 160), Format(3, 32)
+    wanted, wide = gptq.quantize(w, fmt, moments=m), torch.full((2, 163, 165), float("nan"))
+    wide[:, 1:161, 2:162] = m
+    for view in (m.permute(1, 2, 0).contiguous().permute(2, 0, 1), wide[:, 1:161, 2:162]):
+        assert torch.equal(gptq.quantize(w.mT.contiguous().mT, fmt, moments=view).codes, wanted.codes)
+    found, turned = descent.factored(m, 32), w.mT
+    start = gptq.feed_back(turned.contiguous(), fmt, found)
+    assert all(torch.equal(a, b) for a, b in zip(gptq.feed_back(turned, fmt, found), start, strict=True))
+    last = descent.descend(turned.contiguous(), fmt, found.h, *start, 1, found.half_h)
+    views = [t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (found.h, *start)]
+    ours = descent.descend(turned, fmt, *views, 1, found.half_h)
+    assert all(torch.equal(a, b) for a, b in zip(ours, last, strict=True))
+
+
 def solved(w: torch.Tensor, fmt: Format, m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Dequantized [E, C, out] after feedback and after descent, with the loss [E, out] of the latter in float64."""
     found, n = descent.factored(m, fmt.group_size), w.shape[2]

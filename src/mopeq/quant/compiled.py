@@ -105,7 +105,7 @@ def takes_halves(group_size: int, out: int = 64) -> bool:
 
 def feed_back(w: Tensor, fmt: Format, found: Factors, tried: Tried) -> tuple[Tensor, Tensor, Tensor]:
     """gptq.feed_back."""
-    level, scale, zero = torch.empty_like(w), *room_for_scales(w, fmt)
+    level, scale, zero = w.new_empty(w.shape), *room_for_scales(w, fmt)
     filled = {"level": level, "scale": scale, "zero": zero}
     run(job_of(fmt, 0, tried), {"w": w, "half_mt": found.half_mt, **order_of(found), **filled})
     return level, scale, zero
