@@ -6,9 +6,9 @@
    products are fused, which both sets of instructions can). For x86 with AVX2 or AVX-512; built at first use (build.py).
    Elementwise loops are plain C that compilers turn into vectors.
 
-   Where there are AMX tiles, the products that nearly all the work is (of the errors of all groups with mt's rows, of
-   these and of a group's levels with H's) take both factors in bf16 and sum in float32. A code then goes the other way
-   where it lies as near to a tie as the sum's rounding, some 0.2 % of it. */
+   Where there are AMX tiles, the two products that nearly all the work is (of the errors of all groups with mt's rows, and
+   with H's) take both factors in bf16 and sum in float32. A code then goes the other way where it lies as near to a tie
+   as the sum's rounding, some 0.2 % of it. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -312,18 +312,12 @@ INLINE int feed_back(const Job *f, Tile t, int lanes, int set) {
 
 /* ---------------------------------------------------------------------------------------- coordinate descent */
 
-/* descent.best_scale: s and pull follow in place; hx [columns, lanes] and `pairs`, as long, are scratch. `half` are the
-   group's rows and columns in bf16, which levels are without loss. */
-INLINE void best_scale(int columns, const float *x, float *pull, const float *h, int64_t n, Half half, float *s, float *hx,
-                       uint32_t *pairs, int lanes, int set) {
+/* descent.best_scale: s and pull follow in place; hx [columns, lanes] is scratch. */
+INLINE void best_scale(int columns, const float *x, float *pull, const float *h, int64_t n, float *s, float *hx,
+                       int lanes, int set) {
     float curve[LANES], slope[LANES], away[LANES];
     EACH_LANE curve[l] = slope[l] = 0;
-    if (half.padded) {
-        pair_rows(x, columns, pairs);
-        product_amx(columns, columns, half.rows, half.stride, pairs, hx, 0);
-    } else {
-        product(columns, columns, h, n, x, hx, lanes, set, 0);
-    }
+    product(columns, columns, h, n, x, hx, lanes, set, 0);
     for (int j = 0; j < columns; j++) {
         EACH_LANE {
             curve[l] += x[j * lanes + l] * hx[j * lanes + l];
@@ -379,24 +373,23 @@ INLINE int descend(const Job *f, Tile t, int lanes, int set) {
     const float *h = f->h + t.expert * n * n;
     const size_t part = (size_t)group * lanes;
     const Half half = half_of(f, f->half_h, t.expert);
-    float *away = malloc((n * lanes + 3 * part + half.padded * lanes / 2) * sizeof(float));
+    float *away = malloc((n * lanes + 2 * part + half.padded * lanes / 2) * sizeof(float));
     if (!away) return NO_MEMORY;
     float *pull = away + n * lanes, *hx = pull + part;
-    uint32_t *few = (uint32_t *)(hx + part), *pairs = few + part;
+    uint32_t *pairs = (uint32_t *)(hx + part);
     for (int sweep = -1; sweep < f->sweeps; sweep++) { /* at first what is away is but put down */
         for (int64_t start = 0, g = 0; start < n; start += group, g++) {
             const int columns = (int)(n - start < group ? n - start : group);
             const float *square = h + start * n + start;
-            const Half own = half.padded ? (Half){half.rows + start * half.stride + start, half.padded, half.stride} : half;
             float *x = t.level + start * lanes, *s = t.scale + g * lanes, *z = t.zero + g * lanes;
             if (sweep >= 0) {
                 if (half.padded)
                     product_amx(columns, half.padded, half.rows + start * half.stride, half.stride, pairs, pull, 0);
                 else
                     product(columns, n, h + start * n, n, away, pull, lanes, set, 0);
-                best_scale(columns, x, pull, square, n, own, s, hx, few, lanes, set);
+                best_scale(columns, x, pull, square, n, s, hx, lanes, set);
                 move_codes(f, columns, x, pull, square, n, s, z, lanes, set);
-                best_scale(columns, x, pull, square, n, own, s, hx, few, lanes, set);
+                best_scale(columns, x, pull, square, n, s, hx, lanes, set);
             }
             for (int j = 0; j < columns; j++) {
                 const int64_t row = (start + j) * lanes;
