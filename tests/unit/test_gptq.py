@@ -316,7 +316,7 @@ def test_factors_are_torchs(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         _, wanted = descent.factors_of(m, order, damping, group)
         made = []
         try:
-            for vectors, count in ((2, 1), (1, 1), (2, 3)):
+            for vectors, count in ((2, 1), (1, 2), (2, 5)):  # a matrix each, or all at one
                 lib.mopeq_factors_set(vectors)
                 torch.set_num_threads(count)
                 failed, found = compiled.factors_of(m, order, damping, group)

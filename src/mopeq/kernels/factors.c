@@ -3,7 +3,8 @@
 
    Backwards, from the last column in that order to the first, that is U^T U, U upper triangular (Cholesky's), and a row of
    M transposed is a row of U backwards. U is made 64 rows at a time, in tiles of 64 columns, by product.h; so the order of
-   a sum follows from n alone. For x86 with AVX2 or AVX-512; built at first use (build.py). */
+   a sum follows from n alone. Each thread takes a matrix, or where these are fewer than threads, all take parts of one
+   after another. For x86 with AVX2 or AVX-512; built at first use (build.py). */
 
 #include <math.h>
 #include <stdlib.h>
@@ -24,6 +25,16 @@ typedef struct {
     int32_t *failed;            /* [experts] */
 } Job;
 
+/* A matrix at work: its mean and whether it is finite; U's tiles so far, [columns up to the diagonal, 64, 64], and of the
+   block of 64 rows at hand what is above its diagonal, turned and negative [64, n], and that tile's inverse, turned. */
+typedef struct {
+    const Job *job;
+    int64_t expert, block;
+    float mean, *tiles, *above, *inverse;
+    int32_t *back; /* its rows in the order of U */
+    atomic_int endless;
+} Matrix;
+
 /* Row `at` of n in float32 to one of a matrix in bf16, and after the last one the zeros beyond. */
 INLINE void halve(const float *row, int64_t at, int64_t n, uint16_t *half) {
     const int64_t padded = (n + 31) / 32 * 32, stride = padded + PAD;
@@ -35,27 +46,6 @@ INLINE void halve(const float *row, int64_t at, int64_t n, uint16_t *half) {
     }
     memset(to + n, 0, (padded - n) * 2);
     for (int64_t r = n; at == n - 1 && r < padded; r++) memset(half + r * stride, 0, padded * 2);
-}
-
-/* H of one matrix. */
-INLINE void scale(const float *moments, int64_t n, float damping, float *h, uint16_t *half) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += moments[i * n + i];
-    const float mean = (float)(sum / n);
-    int seen = mean > 0;
-    for (int64_t i = 0; seen && i < n * n; i += n) {
-        int wrong = 0;
-        for (int64_t j = 0; j < n; j++) {
-            h[i + j] = moments[i + j] / mean;
-            wrong |= !(fabsf(moments[i + j]) <= 3.40282347e38f);
-        }
-        seen = !wrong;
-    }
-    if (!seen) memset(h, 0, n * n * sizeof(float));
-    for (int64_t i = 0; i < n; i++) {
-        h[i * n + i] += seen ? damping : 1.0f;
-        if (half) halve(h + i * n, i, n, half);
-    }
 }
 
 /* u [64, 64] to its upper Cholesky factor, zeros below, and that transposed and inverted; 0 where it has none. */
@@ -87,79 +77,148 @@ INLINE void gather(const float *h, const int32_t *back, int64_t n, int64_t row, 
     }
 }
 
-/* Room for U's tiles, [columns up to the diagonal, 64, 64], and for what a step works with. */
-INLINE int64_t room_of(int64_t n) {
-    const int64_t blocks = (n + LANES - 1) / LANES;
-    return blocks * (blocks + 1) / 2 * TILE + blocks * TILE + 2 * TILE + blocks * LANES;
+INLINE int64_t blocks_of(const Job *f) { return (f->n + LANES - 1) / LANES; }
+
+/* Columns j of U, its rows up to the diagonal in tiles. */
+INLINE float *column_of(const Matrix *m, int64_t j) { return m->tiles + j * (j + 1) / 2 * TILE; }
+
+/* Rows of H. */
+INLINE int scale(const Matrix *m, int64_t share, int64_t shares) {
+    const Job *f = m->job;
+    const int64_t n = f->n, at = m->expert * n * n, padded = (n + 31) / 32 * 32;
+    uint16_t *half = f->half_h ? f->half_h + m->expert * padded * (padded + PAD) : 0;
+    int endless = 0;
+    for (int64_t i = share; i < n; i += shares) {
+        const float *from = f->moments + at + i * n;
+        float *to = f->h + at + i * n;
+        for (int64_t j = 0; j < n; j++) {
+            to[j] = from[j] / m->mean;
+            endless |= !(fabsf(from[j]) <= 3.40282347e38f);
+        }
+        to[i] += f->damping[m->expert];
+        if (half) halve(to, i, n, half);
+    }
+    if (endless) atomic_store((atomic_int *)&m->endless, 1);
+    return DONE;
 }
 
-/* M transposed and v of one matrix; 0 where H is not positive definite. */
-INLINE int factor(const float *h, const int64_t *order, int64_t n, float *mt, float *v, uint16_t *half, float *room,
-                  int set) {
-    const int64_t blocks = (n + LANES - 1) / LANES, across = blocks * LANES;
-    float *above = room + blocks * (blocks + 1) / 2 * TILE, *c = above + blocks * TILE, *inverse = c + TILE;
-    int32_t *back = (int32_t *)(inverse + TILE);
-    for (int64_t i = 0; i < n; i++) back[i] = (int32_t)order[n - 1 - i];
-    for (int64_t b = 0; b < blocks; b++) {
-        float *own = room + b * (b + 1) / 2 * TILE;
-        for (int64_t k = 0; k < b * LANES; k++)
-            for (int i = 0; i < LANES; i++) above[i * across + k] = -own[k * LANES + i];
-        for (int64_t j = b; j < blocks; j++) {
-            float *tile = room + j * (j + 1) / 2 * TILE;
-            gather(h, back, n, b * LANES, j * LANES, c);
-            product(LANES, b * LANES, above, across, tile, c, LANES, set, 1);
-            if (j > b) {
-                product(LANES, LANES, inverse, LANES, c, tile + b * TILE, LANES, set, 0);
-                continue;
-            }
-            if (!factor_tile(c, inverse)) return 0;
-            memcpy(tile + b * TILE, c, TILE * sizeof(float));
-        }
+/* All of H where nothing is known: the identity. */
+static void identity(const Job *f, int64_t expert) {
+    const int64_t n = f->n, padded = (n + 31) / 32 * 32;
+    float *h = f->h + expert * n * n;
+    memset(h, 0, n * n * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        h[i * n + i] = 1;
+        if (f->half_h) halve(h + i * n, i, n, f->half_h + expert * padded * (padded + PAD));
     }
-    for (int64_t a = 0; a < n; a++) {
+}
+
+/* A tile of U's rows before it is solved for. */
+INLINE void open_tile(const Matrix *m, int64_t j, float *c, int set) {
+    const int64_t n = m->job->n, b = m->block;
+    gather(m->job->h + m->expert * n * n, m->back, n, b * LANES, j * LANES, c);
+    product(LANES, b * LANES, m->above, blocks_of(m->job) * LANES, column_of(m, j), c, LANES, set, 1);
+}
+
+/* The block's tile on the diagonal; 1 where there is none. */
+INLINE int diagonal(const Matrix *m, int set) {
+    const int64_t b = m->block, across = blocks_of(m->job) * LANES;
+    float *own = column_of(m, b);
+    for (int64_t k = 0; k < b * LANES; k++)
+        for (int i = 0; i < LANES; i++) m->above[i * across + k] = -own[k * LANES + i];
+    open_tile(m, b, own + b * TILE, set);
+    return !factor_tile(own + b * TILE, m->inverse);
+}
+
+/* The block's tiles beyond it. */
+INLINE int beyond(const Matrix *m, int64_t share, int64_t shares, int set) {
+    float c[TILE];
+    for (int64_t j = m->block + 1 + share; j < blocks_of(m->job); j += shares) {
+        open_tile(m, j, c, set);
+        product(LANES, LANES, m->inverse, LANES, c, column_of(m, j) + m->block * TILE, LANES, set, 0);
+    }
+    return DONE;
+}
+
+/* Rows of M transposed, and v. */
+INLINE int turn_back(const Matrix *m, int64_t share, int64_t shares) {
+    const Job *f = m->job;
+    const int64_t n = f->n, padded = (n + 31) / 32 * 32;
+    uint16_t *half = f->half_mt ? f->half_mt + m->expert * padded * (padded + PAD) : 0;
+    for (int64_t a = share; a < n; a += shares) {
         const int64_t i = n - 1 - a, own = i / LANES;
-        const float root = room[(own * (own + 1) / 2 * LANES + i) * LANES + i % LANES];
-        float *row = mt + a * n;
-        v[a] = root * root;
+        const float root = column_of(m, own)[i * LANES + i % LANES];
+        float *row = f->mt + (m->expert * n + a) * n;
+        f->v[m->expert * n + a] = root * root;
         memset(row + a + 1, 0, (n - 1 - a) * sizeof(float));
-        for (int64_t j = own; j < blocks; j++) { /* columns of U from the diagonal on are those of mt down to 0 */
-            const float *from = room + (j * (j + 1) / 2 * LANES + i) * LANES;
+        for (int64_t j = own; j < blocks_of(f); j++) { /* columns of U from the diagonal on are those of mt down to 0 */
+            const float *from = column_of(m, j) + i * LANES;
             const int64_t first = j > own ? 0 : i % LANES, end = n - j * LANES < LANES ? n - j * LANES : LANES;
             for (int64_t l = first; l < end; l++) row[n - 1 - j * LANES - l] = from[l] / root;
         }
         if (half) halve(row, a, n, half);
     }
-    return 1;
+    return DONE;
 }
 
-INLINE int matrices(const Job *f, int64_t share, int64_t shares, int set) {
-    const int64_t n = f->n, padded = (n + 31) / 32 * 32, each = padded * (padded + PAD);
-    float *room = malloc(room_of(n) * sizeof(float));
+/* The steps, in either set of instructions. */
+typedef struct {
+    Share scale, diagonal, beyond, turn_back;
+} Steps;
+
+#define STEPS(name, attribute, set)                                                                                   \
+    attribute static int scale_##name(const void *m, int64_t share, int64_t shares) { return scale(m, share, shares); } \
+    attribute static int diagonal_##name(const void *m, int64_t share, int64_t shares) { return diagonal(m, set); }   \
+    attribute static int beyond_##name(const void *m, int64_t share, int64_t shares) {                                \
+        return beyond(m, share, shares, set);                                                                         \
+    }                                                                                                                 \
+    attribute static int turn_back_##name(const void *m, int64_t share, int64_t shares) {                             \
+        return turn_back(m, share, shares);                                                                           \
+    }                                                                                                                 \
+    static const Steps name = {scale_##name, diagonal_##name, beyond_##name, turn_back_##name};
+
+STEPS(avx2, WITH_AVX2, AVX2)
+STEPS(avx512, WITH_AVX512, AVX512)
+
+static int in_use = NONE;
+
+/* One matrix, by so many threads. */
+static int matrix(const Job *f, int64_t expert, int64_t threads) {
+    const Steps *steps = in_use == AVX512 ? &avx512 : &avx2;
+    const int64_t n = f->n, blocks = blocks_of(f), tiles = blocks * (blocks + 1) / 2;
+    float *room = malloc((tiles * TILE + blocks * TILE + TILE + n) * sizeof(float));
     if (!room) return NO_MEMORY;
-    for (int64_t e = share; e < f->experts; e += shares) {
-        uint16_t *half_h = f->half_h ? f->half_h + e * each : 0, *half_mt = f->half_mt ? f->half_mt + e * each : 0;
-        float *h = f->h + e * n * n, *mt = f->mt + e * n * n;
-        scale(f->moments + e * n * n, n, f->damping[e], h, half_h);
-        f->failed[e] = !factor(h, f->order + e * n, n, mt, f->v + e * n, half_mt, room, set);
+    float *above = room + tiles * TILE, *inverse = above + blocks * TILE;
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += f->moments[(expert * n + i) * n + i];
+    Matrix m = {f, expert, 0, (float)(sum / n), room, above, inverse, (int32_t *)(inverse + TILE), 0};
+    for (int64_t i = 0; i < n; i++) m.back[i] = (int32_t)f->order[expert * n + n - 1 - i];
+    if (m.mean > 0) in_shares(steps->scale, &m, threads);
+    if (!(m.mean > 0) || m.endless) identity(f, expert);
+    int failed = 0;
+    for (; m.block < blocks && !failed; m.block++) {
+        failed = steps->diagonal(&m, 0, 1);
+        if (!failed) in_shares(steps->beyond, &m, threads);
     }
+    if (!failed) in_shares(steps->turn_back, &m, threads);
+    f->failed[expert] = failed;
     free(room);
     return DONE;
 }
 
-WITH_AVX2 static int matrices_avx2(const void *job, int64_t share, int64_t shares) {
-    return matrices(job, share, shares, AVX2);
+static int matrices(const void *job, int64_t share, int64_t shares) {
+    const Job *f = job;
+    int found = DONE;
+    for (int64_t e = share; e < f->experts && found == DONE; e += shares) found = matrix(f, e, 1);
+    return found;
 }
-
-WITH_AVX512 static int matrices_512(const void *job, int64_t share, int64_t shares) {
-    return matrices(job, share, shares, AVX512);
-}
-
-static int in_use = NONE;
 
 /* Chooses at most this set of instructions (product.h) and returns it. */
 int mopeq_factors_set(int most) { return in_use = widest_set(most < AVX512 ? most : AVX512); }
 
-/* Each thread takes a matrix, and others after it. */
 int mopeq_factors(const Job *f, int64_t threads) {
-    return in_shares(in_use == AVX512 ? matrices_512 : matrices_avx2, f, threads);
+    int found = DONE;
+    if (f->experts >= threads) return in_shares(matrices, f, threads);
+    for (int64_t e = 0; e < f->experts && found == DONE; e++) found = matrix(f, e, threads);
+    return found;
 }

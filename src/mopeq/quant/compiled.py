@@ -93,7 +93,7 @@ def factors_of(moments_ECC: Tensor, order_EC: Tensor, damping_E: Tensor, group_s
     failed = room(experts, dtype=torch.int32)
     addresses = {name: t.data_ptr() for name, t in (given | made | {"failed": failed}).items()}
     job = Moments(experts=experts, n=n, **addresses)
-    share(lib.mopeq_factors, job, min(torch.get_num_threads(), experts))  # a thread makes room before it looks for work
+    share(lib.mopeq_factors, job)
     return failed, Factors(order=order_EC, **made)
 
 
