@@ -297,10 +297,12 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: Any, capsys: Any, tmp_path: Pa
     assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_while_modules_load_shows_no_traceback() -> None:
-    """Nothing is begun then; whoever imports typer first is told of it here."""
+@pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
+def test_ctrl_c_while_modules_load_shows_no_traceback(before: str) -> None:
+    """Nothing is begun then; whoever imports typer first is told of it here. Who starts it with & is not heard."""
     lines = (
         "import builtins, os, signal\n"
+        f"signal.signal(signal.SIGINT, signal.{before})\n"
         "real = builtins.__import__\n"
         "def told(name, *rest):\n"
         "    if name == 'typer':\n"
@@ -311,4 +313,4 @@ def test_ctrl_c_while_modules_load_shows_no_traceback() -> None:
         "main()\n"
     )
     ended = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGINT and ended.stderr == ""
+    assert ended.returncode == (0 if before == "SIG_IGN" else -signal.SIGINT) and ended.stderr == ""
