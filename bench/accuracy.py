@@ -57,6 +57,7 @@ AVERAGES = (2.0, 2.25, 2.5, 3.0, 3.5, 4.0)
 KMEANS = {"allocate": "kmeans", "scope": "model", "sensitivity": "hessian"}
 AS_KMEANS = "fisher, projection, kmeans' bytes"  # those of the model-wide map by hessian
 PROJECTION, GROUPED = "fisher, projection", "fisher, projection, groups 64,128"
+NARROW = ", widths 1 to 4"  # of an arm that may give 1 bit too
 # (quantizer, arm), what it is compared with, at an average or the other's own bytes; ratio of KL at most
 WANTED: tuple[tuple[tuple[str, str], tuple[str, str], float | None, str], ...] = (
     (("gptq", AS_KMEANS), ("gptq", "kmeans model, hessian"), None, "0.50"),
@@ -77,7 +78,11 @@ def arms(average: float) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     if average in (2.0, 3.0, 4.0):
         found.append(("uniform", {"allocate": "uniform"}))
-    found.append((GROUPED, {"sensitivity": "fisher", "per": "projection", "group_size": "64,128"}))
+    ours = {"sensitivity": "fisher", "per": "projection"}
+    found.append((GROUPED, ours | {"group_size": "64,128"}))
+    if average < 3.0:
+        found.append((PROJECTION + NARROW, ours | {"bits": "1,2,3,4"}))
+        found.append((GROUPED + NARROW, ours | {"bits": "1,2,3,4", "group_size": "64,128"}))
     if average in (2.0, 4.0):
         return found  # every other map of that budget is the uniform one
     if average != 3.0:
