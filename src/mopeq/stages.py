@@ -44,6 +44,7 @@ from mopeq.tables import pick
 if TYPE_CHECKING:
     from mopeq.data.calibration import Calibration
 
+NEAR = 0.4  # of the way from all experts at 2 bits to all at 3
 NO_BYTES = (
     "run",
     "device",
@@ -106,18 +107,30 @@ def bytes_by_role(spec: MoESpec) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda kv: -kv[1]))
 
 
+def near_narrowest(spec: MoESpec, options: Options, expert_bytes: int) -> bool:
+    """Whether a budget for widths of 2, 3 and more bits is one at which a width of 1 paid too (docs/accuracy.md)."""
+    by_bits = {f.bits: uniform_bytes(spec, f, 0) for f in options.formats}
+    return sorted(by_bits)[:2] == [2, 3] and expert_bytes < by_bits[2] + NEAR * (by_bits[3] - by_bits[2])
+
+
 def plan_notes(job: Job) -> list[str]:
     """What a user should know before starting."""
     notes = []
-    target = job.target
-    if target is not None and target.code_bits is not None and job.options.allocate != "uniform":
+    target, options = job.target, job.options
+    if target is not None and options.tries_quantizers and near_narrowest(job.spec, options, target.expert_bytes):
+        more = ",".join(["1", *map(str, sorted({f.bits for f in options.formats}))])
+        notes.append(
+            f"the budget is near the narrowest width: --bits {more} may lose less (compare both with mopeq eval; on"
+            " answers about pictures it lost more)"
+        )
+    if target is not None and target.code_bits is not None and options.allocate != "uniform":
         least = -largest_code_total(job.problem.code_JF, -job.problem.bytes_JF, target.code_bits)[1]
         if least < target.expert_bytes:
             notes.append(
                 "a code bit costs more bytes in some matrices than in others here: maps of this average differ by up"
                 f" to {target.expert_bytes - least:,} bytes; the plan counts the most, and what a map leaves is padding"
             )
-            if len(job.options.groups) > 1:
+            if len(options.groups) > 1:
                 notes.append(
                     "--avg-bits counts codes, not scales: only a budget by --fit makes group sizes pay their way"
                 )

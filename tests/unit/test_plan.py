@@ -341,6 +341,24 @@ def test_group_sizes_want_a_budget_of_bytes() -> None:
         assert any("--fit" in note for note in notes) == said
 
 
+def test_a_width_of_1_is_named_near_2_bits() -> None:
+    """Where it paid: sensing tries the quantizer, the budget lies near the narrowest width, and that is 2."""
+    asks: list[tuple[dict[str, Any], bool]] = [
+        ({"avg_bits": 2.0}, True),
+        ({"avg_bits": 2.35}, True),
+        ({"avg_bits": 2.2, "bits": "2,3,8", "group_size": "64,128"}, True),
+        ({"avg_bits": 2.45}, False),
+        ({"avg_bits": 1.2, "bits": "1,2,3"}, False),
+        ({"avg_bits": 3.1, "bits": "3,4"}, False),
+        ({"avg_bits": 2.0, "sensitivity": "hessian"}, False),
+        ({"avg_bits": 2.0, "allocate": "uniform"}, False),
+    ]
+    for asked, said in asks:
+        notes = " ".join(forecast(job(olmoe(), **asked))["notes"])
+        widths = asked.get("bits", "2,3,4")
+        assert (f"--bits 1,{widths} may lose less" in notes) == ("narrowest" in notes) == said, asked
+
+
 def test_kmeans_has_no_prediction_but_bounds() -> None:
     """Two layers of three like experts: the least at equal scores; at most, one expert (of each layer) is narrow."""
     for scope, narrow in (("model", 1), ("layer", 2)):
