@@ -547,6 +547,31 @@ def loads_of(work: Callable[[], Any]) -> list[str]:
     return found
 
 
+def test_ids_moved_to_an_embedding_that_is_not_loaded() -> None:
+    """Llama 4's text model moves ids to where it sees the embedding's weight: on meta they would say nothing."""
+    batches, found = shown("olmoe"), []
+    for whole in (True, False):
+        walk = walk_of("olmoe", whole)
+        decoder, weight = walk.model.model, walk.model.get_input_embeddings()
+        plain = decoder.forward
+        decoder.forward = lambda input_ids, plain=plain, weight=weight, **more: plain(
+            input_ids=input_ids.to(weight.weight.device), **more
+        )
+        found.append(logits(walk, batches))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_is_made_beside_a_layer_that_is_not_loaded_is_refused() -> None:
+    walk = walk_of("olmoe", False)
+    decoder, weight = walk.model.model, walk.model.get_input_embeddings()
+    plain = decoder.forward
+    decoder.forward = lambda input_ids, **more: plain(
+        input_ids=torch.zeros_like(input_ids, device=weight.weight.device), **more
+    )
+    with pytest.raises(CannotWalk, match=r"embed_tokens is given"):
+        logits(walk, shown("olmoe"))
+
+
 def test_state_that_crosses_layers_is_refused() -> None:
     """A layer that changes what it was given cannot be run again for its gradients."""
     walk = walk_of("olmoe", False)

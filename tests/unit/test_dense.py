@@ -99,6 +99,19 @@ def test_differentiable_twice(amx: None) -> None:
         assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
+def test_a_product_may_be_changed_in_place(amx: None) -> None:
+    """As Llama 4's text model does with its shared expert's, with gradients on."""
+    x, w, more = fresh((9, 40), (30, 40), (9, 30))
+    for shape in ((9, 40), (3, 3, 40)):
+        product = dense.linear(x.view(shape).requires_grad_(True), w)
+        assert not product._is_view()
+        with torch.no_grad():
+            kept = dense.linear(x.view(shape), w)
+        for each in (product, kept):
+            each.add_(more.view_as(each))
+            assert torch.allclose(each.reshape(9, 30), x @ w.T + more, atol=1e-3)
+
+
 def test_weights_with_gradients_and_other_types_go_to_torch(amx: None) -> None:
     x, w = fresh((4, 8), (6, 8))
     w.requires_grad_(True)

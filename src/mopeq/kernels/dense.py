@@ -93,9 +93,9 @@ class Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w_NC: Tensor) -> Tensor:
         ctx.save_for_backward(w_NC)  # let go with the graph, though its nodes live on
         x_SC = x.detach().reshape(-1, x.shape[-1])
-        y_SN = x.new_empty(len(x_SC), len(w_NC))
-        run(x_SC, w_NC.detach().T, y_SN, add=False)
-        return y_SN.view(*x.shape[:-1], len(w_NC))
+        y = x.new_empty(*x.shape[:-1], len(w_NC))  # given on as it is: a view must not be changed in place
+        run(x_SC, w_NC.detach().T, y.view(len(x_SC), len(w_NC)), add=False)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from mopeq.nouns import MoELayer
 from mopeq.walk.borders import Call, Chain, Record
@@ -42,6 +43,16 @@ _here = threading.local()  # .job: the job whose thread this is
 
 class Dropped(BaseException):
     """Ends the thread of a job that nobody waits for any more."""
+
+
+class Staying(TorchFunctionMode):
+    """A model that moves a tensor to where it sees some weight, on meta while that is not loaded, lets it stay."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is Tensor.to and made.is_meta and not args[0].is_meta:
+            return args[0].to(made.dtype)
+        return made
 
 
 class Job:
@@ -78,7 +89,7 @@ class Job:
     def live(self) -> None:
         _here.job = self
         try:
-            with torch.set_grad_enabled(self.chain is not None), self.luggage.watching():
+            with torch.set_grad_enabled(self.chain is not None), Staying(), self.luggage.watching():
                 self.loss = self.run()
         except Dropped:
             return
@@ -87,7 +98,9 @@ class Job:
         self.has_stopped.put(None)
 
     def stop_at(self, call: Call) -> Any:
-        """In the job's own thread: wait at a part for what it gives."""
+        """In the job's own thread: wait at a part for what it gives. CannotWalk where it is given no numbers."""
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((call.args, call.kwargs))):
+            raise CannotWalk(f"{call.part.name} is given what was made where another layer's weights seemed to be")
         self.call = call
         self.has_stopped.put(None)
         self.may_move.get()
