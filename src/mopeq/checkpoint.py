@@ -20,6 +20,7 @@ from mopeq.nouns import DTYPE_BITS, TensorInfo, digest_of, tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # safetensors' own limit
+MAX_JSON = 1 << 30  # bytes: an index of some ten million tensors
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.py", "*.gguf", "*.onnx", "*.h5", "original/*", "metal/*"]  # copies, code
 
@@ -64,8 +65,10 @@ def check_has_config(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file; BadInput if it cannot be read or parsed."""
+    """A JSON file; BadInput if it cannot be read or parsed, or is so large that reading it could fill the memory."""
     try:
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise ValueError(f"it has {size} bytes")
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
         if HALF.search(text):  # a surrogate: a whole character with its other half, else no text at all

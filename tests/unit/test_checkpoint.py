@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import write_shard
 
-from mopeq.checkpoint import change_between, find_folder, fingerprint, open_checkpoint, read_header, shard_files
+from mopeq.checkpoint import (
+    change_between,
+    find_folder,
+    fingerprint,
+    open_checkpoint,
+    read_header,
+    read_json,
+    shard_files,
+)
 from mopeq.errors import BadInput
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -119,6 +127,13 @@ def test_lies(lie: str, tmp_path: Path) -> None:
 def test_a_header_longer_than_its_file(length: int, tmp_path: Path) -> None:
     path = write_shard(tmp_path / "x.safetensors", b"{" + b" " * 22 + b"}", length=length)
     assert "header" in refused(path)
+
+
+def test_a_json_file_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    os.truncate(tmp_path / "config.json", 1 << 40)
+    with pytest.raises(BadInput, match=r"config\.json is no JSON: it has 1099511627776 bytes"):
+        read_json(tmp_path / "config.json")
 
 
 def test_a_header_claimed_shorter_than_it_is(tmp_path: Path) -> None:
