@@ -40,6 +40,14 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         lib.mopeq_gptq_set(BEST)
 
 
+def fed_back(w: torch.Tensor, fmt: Format, found: compiled.Factors) -> tuple[torch.Tensor, ...]:
+    """Levels [E, C, N], scales and zero points [E, G, N] after rounding with feedback alone, by whoever is to work."""
+    if not compiled.usable(w):
+        return gptq.feed_back(w, fmt, found)
+    codes, scale, zero = compiled.solve(w, fmt, found, gptq.tried(fmt), 0)
+    return codes.mT.float() - spread(zero, fmt.group_size, w.shape[1]), scale, zero
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("scheme", ["a", "s"])
 def test_outputs_are_closer_than_rtns(bits: int, scheme: str) -> None:
@@ -64,7 +72,7 @@ def test_feedback_agrees_with_the_papers_loop(bits: int, scheme: str) -> None:
     fmt = Format(bits, 16, scheme)
     w, m = weights((3, 6, 40), seed=bits), moments(3, 40, seed=bits)
     found = descent.factored(m, 16)
-    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found)
+    level, scale, zero = fed_back(w.mT.contiguous(), fmt, found)
     agreed = 0
     for e in range(3):
         for row in range(6):
@@ -83,7 +91,7 @@ def test_each_row_keeps_its_cheapest_candidate() -> None:
     fmt = Format(2, 24)
     w, m = weights((2, 5, 24), seed=1), moments(2, 24, seed=1)
     found = descent.factored(m, 24)
-    level, scale, _ = gptq.feed_back(w.mT.contiguous(), fmt, found)
+    level, scale, _ = fed_back(w.mT.contiguous(), fmt, found)
     s, z = gptq.searched_range(descent.take(w.mT, found.order), found.v, fmt)
     s_EKN, z_EKN = gptq.candidates(s, z, fmt)
     for e in range(2):
@@ -152,7 +160,7 @@ def test_descent_agrees_with_a_plain_loop(bits: int) -> None:
     fmt = Format(bits, 20)
     w, m = weights((3, 8, 50), seed=bits), moments(3, 50, seed=bits)
     found = descent.factored(m, 20)
-    start = gptq.feed_back(w.mT.contiguous(), fmt, found)
+    start = fed_back(w.mT.contiguous(), fmt, found)
     level, scale = descent.descend(w.mT.contiguous(), fmt, found.h, *start, 1)
     same = 0
     for e in range(3):
@@ -239,8 +247,8 @@ def test_matrices_may_lie_in_memory_as_they_like() -> None:
     for view in (m.permute(1, 2, 0).contiguous().permute(2, 0, 1), wide[:, 1:161, 2:162]):
         assert torch.equal(gptq.quantize(w.mT.contiguous().mT, fmt, moments=view).codes, wanted.codes)
     found, turned = descent.factored(m, 32), w.mT
-    start = gptq.feed_back(turned.contiguous(), fmt, found)
-    assert all(torch.equal(a, b) for a, b in zip(gptq.feed_back(turned, fmt, found), start, strict=True))
+    start = fed_back(turned.contiguous(), fmt, found)
+    assert all(torch.equal(a, b) for a, b in zip(fed_back(turned, fmt, found), start, strict=True))
     last = descent.descend(turned.contiguous(), fmt, found.h, *start, 1, found.half_h)
     views = [t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (found.h, *start)]
     ours = descent.descend(turned, fmt, *views, 1, found.half_h)
@@ -250,7 +258,7 @@ def test_matrices_may_lie_in_memory_as_they_like() -> None:
 def solved(w: torch.Tensor, fmt: Format, m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Dequantized [E, C, out] after feedback and after descent, with the loss [E, out] of the latter in float64."""
     found, n = descent.factored(m, fmt.group_size), w.shape[2]
-    level, scale, zero = gptq.feed_back(w.mT.contiguous(), fmt, found)
+    level, scale, zero = fed_back(w.mT.contiguous(), fmt, found)
     first = level * spread(scale, fmt.group_size, n)
     level, scale = descent.descend(w.mT.contiguous(), fmt, found.h, level, scale, zero, 2, found.half_h)
     last = level * spread(scale, fmt.group_size, n)
@@ -292,7 +300,7 @@ def test_the_same_bits_by_any_vectors_and_threads(path: str) -> None:
                 lib.mopeq_gptq_set(vectors)
                 torch.set_num_threads(count)
                 found = descent.factored(m, 64)
-                start = gptq.feed_back(w.mT.contiguous(), Format(bits, 64), found)
+                start = fed_back(w.mT.contiguous(), Format(bits, 64), found)
                 made.append((*start, *descent.descend(w.mT.contiguous(), Format(bits, 64), found.h, *start, 2)))
         finally:
             torch.set_num_threads(threads)
@@ -387,7 +395,7 @@ def test_codes_are_those_of_both_steps(path: str) -> None:
         fmt, w, m = Format(bits, 32, scheme), weights(shape, seed=bits), moments(shape[0], shape[2], seed=bits)
         inputs = Inputs(m)
         found, turned = inputs.factors(32), w.mT.contiguous()
-        level, scale, zero = gptq.feed_back(turned, fmt, found)
+        level, scale, zero = fed_back(turned, fmt, found)
         level, scale = descent.descend(turned, fmt, found.h, level, scale, zero, 2, found.half_h)
         wanted, q = descent.coded(level, scale, zero, fmt), gptq.quantize(w, fmt, moments=inputs)
         assert torch.equal(q.codes, wanted.codes) and torch.equal(q.scales, wanted.scales)

@@ -6,6 +6,7 @@
    a sum follows from n alone. Each thread takes a matrix, or where these are fewer than threads, all take parts of one
    after another. For x86 with AVX2 or AVX-512; built at first use (build.py). */
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 
@@ -32,18 +33,15 @@ typedef struct {
     int64_t expert, block;
     float mean, *tiles, *above, *inverse;
     int32_t *back; /* its rows in the order of U */
-    atomic_int endless;
+    atomic_int *endless;
 } Matrix;
 
-/* Row `at` of n in float32 to one of a matrix in bf16, and after the last one the zeros beyond. */
-INLINE void halve(const float *row, int64_t at, int64_t n, uint16_t *half) {
+/* Row `at` of an expert's matrix to `halves` (if there are any), after the last one the zeros beyond. */
+INLINE void halve(const float *row, int64_t at, int64_t n, int64_t expert, uint16_t *halves) {
+    if (!halves) return;
     const int64_t padded = (n + 31) / 32 * 32, stride = padded + PAD;
-    uint16_t *to = half + at * stride;
-    for (int64_t j = 0; j < n; j++) {
-        uint32_t u;
-        memcpy(&u, row + j, 4);
-        to[j] = (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-    }
+    uint16_t *half = halves + expert * padded * stride, *to = half + at * stride;
+    for (int64_t j = 0; j < n; j++) to[j] = (uint16_t)(rounded_half(row[j]) >> 16);
     memset(to + n, 0, (padded - n) * 2);
     for (int64_t r = n; at == n - 1 && r < padded; r++) memset(half + r * stride, 0, padded * 2);
 }
@@ -53,7 +51,7 @@ INLINE int factor_tile(float *u, float *inverse) {
     for (int i = 0; i < LANES; i++) {
         float *row = u + i * LANES;
         const float pivot = row[i], by = 1 / sqrtf(pivot);
-        if (!(pivot > 0 && pivot <= 3.40282347e38f)) return 0;
+        if (!(pivot > 0 && pivot <= FLT_MAX)) return 0;
         for (int l = 0; l < LANES; l++) row[l] = l < i ? 0.0f : row[l] * by;
         for (int k = i + 1; k < LANES; k++)
             for (int l = 0; l < LANES; l++) u[k * LANES + l] -= row[k] * row[l];
@@ -85,31 +83,30 @@ INLINE float *column_of(const Matrix *m, int64_t j) { return m->tiles + j * (j +
 /* Rows of H. */
 INLINE int scale(const Matrix *m, int64_t share, int64_t shares) {
     const Job *f = m->job;
-    const int64_t n = f->n, at = m->expert * n * n, padded = (n + 31) / 32 * 32;
-    uint16_t *half = f->half_h ? f->half_h + m->expert * padded * (padded + PAD) : 0;
+    const int64_t n = f->n, at = m->expert * n * n;
     int endless = 0;
     for (int64_t i = share; i < n; i += shares) {
         const float *from = f->moments + at + i * n;
         float *to = f->h + at + i * n;
         for (int64_t j = 0; j < n; j++) {
             to[j] = from[j] / m->mean;
-            endless |= !(fabsf(from[j]) <= 3.40282347e38f);
+            endless |= !(fabsf(from[j]) <= FLT_MAX);
         }
         to[i] += f->damping[m->expert];
-        if (half) halve(to, i, n, half);
+        halve(to, i, n, m->expert, f->half_h);
     }
-    if (endless) atomic_store((atomic_int *)&m->endless, 1);
+    if (endless) atomic_store(m->endless, 1);
     return DONE;
 }
 
 /* All of H where nothing is known: the identity. */
 static void identity(const Job *f, int64_t expert) {
-    const int64_t n = f->n, padded = (n + 31) / 32 * 32;
+    const int64_t n = f->n;
     float *h = f->h + expert * n * n;
     memset(h, 0, n * n * sizeof(float));
     for (int64_t i = 0; i < n; i++) {
         h[i * n + i] = 1;
-        if (f->half_h) halve(h + i * n, i, n, f->half_h + expert * padded * (padded + PAD));
+        halve(h + i * n, i, n, expert, f->half_h);
     }
 }
 
@@ -143,8 +140,7 @@ INLINE int beyond(const Matrix *m, int64_t share, int64_t shares, int set) {
 /* Rows of M transposed, and v. */
 INLINE int turn_back(const Matrix *m, int64_t share, int64_t shares) {
     const Job *f = m->job;
-    const int64_t n = f->n, padded = (n + 31) / 32 * 32;
-    uint16_t *half = f->half_mt ? f->half_mt + m->expert * padded * (padded + PAD) : 0;
+    const int64_t n = f->n;
     for (int64_t a = share; a < n; a += shares) {
         const int64_t i = n - 1 - a, own = i / LANES;
         const float root = column_of(m, own)[i * LANES + i % LANES];
@@ -156,7 +152,7 @@ INLINE int turn_back(const Matrix *m, int64_t share, int64_t shares) {
             const int64_t first = j > own ? 0 : i % LANES, end = n - j * LANES < LANES ? n - j * LANES : LANES;
             for (int64_t l = first; l < end; l++) row[n - 1 - j * LANES - l] = from[l] / root;
         }
-        if (half) halve(row, a, n, half);
+        halve(row, a, n, m->expert, f->half_mt);
     }
     return DONE;
 }
@@ -189,12 +185,13 @@ static int matrix(const Job *f, int64_t expert, int64_t threads) {
     float *room = malloc((tiles * TILE + blocks * TILE + TILE + n) * sizeof(float));
     if (!room) return NO_MEMORY;
     float *above = room + tiles * TILE, *inverse = above + blocks * TILE;
+    atomic_int endless = 0;
     double sum = 0;
     for (int64_t i = 0; i < n; i++) sum += f->moments[(expert * n + i) * n + i];
-    Matrix m = {f, expert, 0, (float)(sum / n), room, above, inverse, (int32_t *)(inverse + TILE), 0};
+    Matrix m = {f, expert, 0, (float)(sum / n), room, above, inverse, (int32_t *)(inverse + TILE), &endless};
     for (int64_t i = 0; i < n; i++) m.back[i] = (int32_t)f->order[expert * n + n - 1 - i];
     if (m.mean > 0) in_shares(steps->scale, &m, threads);
-    if (!(m.mean > 0) || m.endless) identity(f, expert);
+    if (!(m.mean > 0) || endless) identity(f, expert);
     int failed = 0;
     for (; m.block < blocks && !failed; m.block++) {
         failed = steps->diagonal(&m, 0, 1);

@@ -85,12 +85,6 @@ INLINE void product_amx(int rows, int64_t n, const uint16_t *a, int64_t stride, 
 #endif
 
 /* Rows of a tile of 64 lanes as bf16, two rows in a word; rows beyond `held` up to a multiple of 32 are zeros. */
-INLINE uint32_t rounded_half(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    return u + 0x7fff + ((u >> 16) & 1);
-}
-
 INLINE void pair_rows(const float *x, int held, uint32_t *pairs) {
     for (int j = 0; j < held; j += 2) {
         uint32_t *row = pairs + j / 2 * LANES;

@@ -32,6 +32,13 @@ enum { LANES = 64, FEW_LANES = 16 }; /* of a tile */
 enum { NONE, AVX2, AVX512, AMX };    /* sets of instructions, each with those before */
 enum { PAD = 32 };                   /* bf16 between rows, lest they all fall on one line of a cache */
 
+/* A float rounded to bf16, which are the upper two bytes. */
+INLINE uint32_t rounded_half(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u + 0x7fff + ((u >> 16) & 1);
+}
+
 /* name(...): c [rows, lanes] (+)= a [rows, n] b [n, lanes], rows of a `stride` apart; four rows of `most` vectors of
    `size` lanes at a time stay in registers. Tiles have 64 lanes or 16. */
 #define PRODUCT(name, attribute, vec, size, most)                                                                     \

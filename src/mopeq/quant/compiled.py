@@ -103,14 +103,6 @@ def takes_halves(group_size: int, out: int = 64) -> bool:
     return lib is not None and bool(lib.mopeq_gptq_tiled(group_size, out))
 
 
-def feed_back(w: Tensor, fmt: Format, found: Factors, tried: Tried) -> tuple[Tensor, Tensor, Tensor]:
-    """gptq.feed_back."""
-    level, scale, zero = w.new_empty(w.shape), *room_for_scales(w, fmt)
-    filled = {"level": level, "scale": scale, "zero": zero}
-    run(job_of(fmt, 0, tried), {"w": w, "half_mt": found.half_mt, **order_of(found), **filled})
-    return level, scale, zero
-
-
 def descend(
     w: Tensor, fmt: Format, h: Tensor, level: Tensor, scale: Tensor, zero: Tensor, sweeps: int, half_h: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -121,22 +113,16 @@ def descend(
 
 
 def solve(w: Tensor, fmt: Format, found: Factors, tried: Tried, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One after the other: codes uint8 [E, N, C], scales and zero points [E, G, N]."""
-    codes, scale, zero = w.new_empty(w.mT.shape, dtype=torch.uint8), *room_for_scales(w, fmt)
-    given = {"h": found.h, "half_h": found.half_h, "half_mt": found.half_mt, **order_of(found)}
-    run(job_of(fmt, sweeps, tried), {"w": w, "codes": codes, "scale": scale, "zero": zero, **given})
-    return codes, scale, zero
-
-
-def room_for_scales(w: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Of scales and zero points [E, G, N] of matrices [E, C, N]."""
-    shape = len(w), fmt.groups(w.shape[1]), w.shape[2]
-    return w.new_empty(shape), w.new_empty(shape)
-
-
-def order_of(found: Factors) -> dict[str, Tensor]:
-    """What rounding with feedback wants of factors."""
-    return {"mt": found.mt, "v": found.v, "order": found.order}
+    """gptq.feed_back, then descent.descend: codes uint8 [E, N, C], scales and zero points [E, G, N]."""
+    groups = len(w), fmt.groups(w.shape[1]), w.shape[2]
+    filled = {
+        "codes": w.new_empty(w.mT.shape, dtype=torch.uint8),
+        "scale": w.new_empty(groups),
+        "zero": w.new_empty(groups),
+    }
+    names = ("mt", "v", "order", "h", "half_mt", "half_h")
+    run(job_of(fmt, sweeps, tried), {"w": w, **{name: getattr(found, name) for name in names}, **filled})
+    return filled["codes"], filled["scale"], filled["zero"]
 
 
 def job_of(fmt: Format, sweeps: int, tried: Tried | None = None) -> Job:

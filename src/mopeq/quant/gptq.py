@@ -57,7 +57,7 @@ def batches(w_ENC: Tensor) -> list[slice]:
 def solve(w_ENC: Tensor, fmt: Format, inputs: Inputs, sweeps: int) -> QWeight:
     """One batch of matrices."""
     w = w_ENC.mT.contiguous()
-    if not largest(w) <= LARGEST / 2:
+    if not largest(w) <= LARGEST / 2:  # else no range can be too wide, whatever the format
         scale_and_zero(w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), fmt)  # refuses what no fp16 scale can express
     found = inputs.factors(fmt.group_size)
     if compiled.usable(w):
@@ -72,8 +72,6 @@ def solve(w_ENC: Tensor, fmt: Format, inputs: Inputs, sweeps: int) -> QWeight:
 
 def feed_back(w: Tensor, fmt: Format, found: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """Levels (code - zero) [E, C, N], scales and zero points [E, G, N], all float32."""
-    if compiled.usable(w):
-        return compiled.feed_back(w, fmt, found, tried(fmt))
     mt, v, order = found.mt, found.v, found.order
     n, size = w.shape[1], fmt.group_size
     wo = take(w, order)
