@@ -21,7 +21,7 @@ from mopeq.kernels.threads import share, threads_for
 
 torch_linear = functional.linear
 SMALL = 1 << 21  # multiplications; below, torch is as fast
-SHARE = 1 << 25  # for a thread to be woken: some 0.2 ms
+SHARE = 1 << 27  # for a thread to be woken: some 0.6 ms; a quarter stood still beside busy processes (docs/accuracy.md)
 LANES = 64  # columns that are one thread's
 PLAIN = (Tensor, nn.Parameter)
 
